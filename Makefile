@@ -1,0 +1,51 @@
+# Every target sets up what it needs first; `make` alone lists them. ARGS goes to the program: make test ARGS="-k ldam -x"
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+
+.PHONY: help setup demo test bench lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.built ## make .venv with the pinned packages and build the C++ core in it
+
+demo: setup ## train on real long-tailed data: python/train.py
+	@$(RUN) python/train.py $(ARGS)
+
+test: setup ## run the tests and the examples in docstrings
+	@$(RUN) -m pytest $(ARGS)
+
+bench: setup ## measure the kernels against their peers
+	@$(RUN) -m ltkernels bench $(ARGS)
+
+lint: setup ## check style and types, change nothing
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: setup ## bring all code into the style that lint checks
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean: ## remove what the build and the tests wrote, but not .venv
+	rm -rf build dist *.egg-info ltkernels/lib ltkernels/_host.*.so $(VENV)/.built
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find ltkernels tests python benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.installed: requirements.txt
+	@echo "setup: creating $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) || { echo "setup: $(PYTHON) cannot make a venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "setup: installing the packages of requirements.txt (torch takes a minute or more)"
+	@$(RUN) -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(shell find csrc -type f)
+	@echo "setup: building ltkernels in place (only C++ files that changed are compiled)"
+	@$(RUN) -m pip install --quiet --no-build-isolation --no-deps -e .
+	@$(RUN) -m ltkernels info
+	@touch $@
