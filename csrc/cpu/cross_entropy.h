@@ -1,0 +1,108 @@
+// What the torch-free CPU core of cross_entropy is asked to do, and the table of its kernels by instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/row_loss.h"
+
+namespace ltk {
+
+enum class ElementType : int { f64, f32, bf16, f16, i64, i32, i16, i8, u64, u32, u16, u8 };
+
+constexpr bool is_floating(ElementType type) { return type <= ElementType::f16; }
+
+// Row r of an (outer, C, inner) tensor is (r / inner, :, r % inner). Strides in elements.
+struct Layout {
+  int64_t inner = 1, stride_outer = 0, stride_class = 1, stride_inner = 0;
+  int64_t offset(int64_t row) const {
+    return inner == 1 ? row * stride_outer : row / inner * stride_outer + row % inner * stride_inner;
+  }
+};
+
+// One call. T is the type of the computation and of every parameter: double for double logits, else float.
+// The parameters are multiplied by the scale s already: u_j = scale[j] x_j + bias[j], with the uniform scale s where
+// `scale` is null.
+template <class T>
+struct CrossEntropyCall {
+  int64_t rows = 0, classes = 0;
+  const void* input = nullptr;
+  ElementType input_type{};
+  Layout input_layout;
+  const void* target = nullptr;  // labels at unit stride, or probabilities
+  ElementType target_type{};
+  Layout target_layout;  // of probabilities
+  int64_t ignore_index = 0;
+
+  T uniform_scale = 1;            // s
+  const T* scale = nullptr;       // s a_j
+  const T* bias = nullptr;        // s b_j
+  const T* margin = nullptr;      // m, one or C values, not multiplied by s
+  int64_t margin_stride = 0;      // 0 for one margin, else 1
+  const T* weight = nullptr;      // w
+  const T* smooth = nullptr;      // ws: w on classes with a finite bias; null without label smoothing
+  const T* row_weight = nullptr;  // r
+  RowOptions<T> options{};
+
+  T* state = nullptr;  // RowState[rows]
+  void* gradient = nullptr;
+  ElementType gradient_type{};
+  Layout gradient_layout;
+  T inverse_denominator = 1;
+
+  T* loss = nullptr;            // forward: [rows]
+  const T* upstream = nullptr;  // backward: one value or one a row
+  int64_t upstream_stride = 0;
+  T* scale_sums = nullptr;  // backward: [C] sums over the call's rows of dl/da_j and dl/db_j, or null
+  T* bias_sums = nullptr;
+};
+
+// Forward and backward of rows [begin, end); the rows' results do not depend on how they are cut into ranges. A forward
+// returns whether all probabilities are finite, not negative, and 0 where the bias is -inf; labels are checked before.
+template <class T>
+struct CrossEntropyKernels {
+  bool (*forward)(const CrossEntropyCall<T>&, int64_t begin, int64_t end);
+  void (*backward)(const CrossEntropyCall<T>&, int64_t begin, int64_t end);
+};
+
+struct Kernels {
+  CrossEntropyKernels<float> single;
+  CrossEntropyKernels<double> real;  // double precision
+  template <class T>
+  const CrossEntropyKernels<T>& cross_entropy() const {
+    if constexpr (sizeof(T) == 4)
+      return single;
+    else
+      return real;
+  }
+};
+
+// Instruction sets in the order of their speed, as in ltkernels/backends.py.
+constexpr int num_instruction_sets = 3;
+
+// The set in use; with 0 <= wanted < num_instruction_sets the one used from now on, -1 if this machine or build lacks
+// it.
+int select_instruction_set(int wanted);
+const Kernels& kernels();
+
+static inline int64_t label_at(const void* target, ElementType type, int64_t row) {
+  switch (type) {
+    case ElementType::i64:
+      return static_cast<const int64_t*>(target)[row];
+    case ElementType::i32:
+      return static_cast<const int32_t*>(target)[row];
+    case ElementType::i16:
+      return static_cast<const int16_t*>(target)[row];
+    case ElementType::i8:
+      return static_cast<const int8_t*>(target)[row];
+    case ElementType::u64:
+      return static_cast<int64_t>(static_cast<const uint64_t*>(target)[row]);
+    case ElementType::u32:
+      return static_cast<const uint32_t*>(target)[row];
+    case ElementType::u16:
+      return static_cast<const uint16_t*>(target)[row];
+    default:
+      return static_cast<const uint8_t*>(target)[row];
+  }
+}
+
+}  // namespace ltk

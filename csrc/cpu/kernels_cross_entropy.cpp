@@ -1,0 +1,518 @@
+// The rows of cross_entropy, compiled once per instruction set.
+//
+// A row is swept while it is in L1/L2: (1) a bound m on its logits; (2) e^(u_j - m), summed, and written where the
+// gradient will stand; (3) where the gradient is wanted now, one multiplication a logit. One exponential a logit. A
+// backward that recomputes is one sweep: e^(u_j - m) from the row's state, and out. Logits of another type or layout
+// than T at unit class stride pass through scratch rows that stay in the cache.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+
+#include "cpu/cross_entropy.h"
+#include "cpu/simd.h"
+
+namespace ltk::LTK_ISA {
+namespace {
+
+template <class T>
+constexpr T infinity = std::numeric_limits<T>::infinity();
+
+// Calls chunk(j, load, store) for every vector of columns [begin, end); load(p, fill) reads the vector at p, and the
+// last one, if it is short, filled up.
+template <class T, class Chunk>
+inline void sweep(int64_t begin, int64_t end, Chunk chunk) {
+  int64_t j = begin;
+  for (; j + lanes<T> <= end; j += lanes<T>)
+    chunk(j, [](const T* p, T) { return load(p); }, [](T* p, Vec<T> v) { store(p, v); });
+  if (const int64_t rest = end - j; rest > 0)
+    chunk(
+        j, [rest](const T* p, T fill) { return load_first(p, rest, fill); },
+        [rest](T* p, Vec<T> v) { store_first(p, v, rest); });
+}
+
+// The next row's memory, fetched while this row is computed: without it a batch larger than the cache waits for each
+// row's logits in sweep (1) and leaves the memory idle in sweep (2) (512x8142, one thread: 0.45 instead of 0.56 ns a
+// logit). Null for short rows, which the processor fetches ahead by itself.
+struct Ahead {
+  const char* input = nullptr;
+  const char* gradient = nullptr;
+  int64_t input_bytes = 0, gradient_bytes = 0;  // of an element
+  void column(int64_t j) const {
+    __builtin_prefetch(input + j * input_bytes, 0, 2);
+    __builtin_prefetch(gradient + j * gradient_bytes, 1, 2);
+  }
+};
+
+// Calls block(begin, end) for stretches of columns. Sums add up within a block first, so that their rounding grows with
+// the number of blocks and not with that of classes.
+template <class Block>
+inline void blocks(int64_t end, Block block) {
+  constexpr int64_t size = 1024;
+  for (int64_t begin = 0; begin < end; begin += size) block(begin, std::min(begin + size, end));
+}
+
+// The adjusted logits of a row without the label's margin: u_j = scale_j x_j + bias_j. The forms differ in what a logit
+// costs.
+enum class Affine { uniform, bias, full };
+
+// Passed by value: behind a reference the compiler would read the fields again after every store.
+template <class T, Affine form>
+struct Adjusted {
+  const T* x;
+  T s;
+  const T* scale;
+  const T* bias;
+
+  // u_j - shift; columns past the row's end come out as -inf. Without a bias the product is not rounded before the
+  // subtraction.
+  template <class Load>
+  Vec<T> minus(int64_t j, T shift, Load load) const {
+    const Vec<T> v = load(x + j, -infinity<T>);
+    if constexpr (form == Affine::uniform) return multiply_add<T>(v, splat(s), splat(-shift));
+    if constexpr (form == Affine::bias) return multiply_add<T>(v, splat(s), load(bias + j, T(0))) - shift;
+    if constexpr (form == Affine::full) return multiply_add<T>(v, load(scale + j, T(1)), load(bias + j, T(0))) - shift;
+  }
+  T at(int64_t j) const {
+    if constexpr (form == Affine::uniform) return x[j] * s;
+    return multiply_add_one(x[j], slope(j), bias[j]);
+  }
+  T slope(int64_t j) const { return form == Affine::full ? scale[j] : s; }
+};
+
+template <class T, Affine form>
+T row_maximum(const Adjusted<T, form> u, int64_t classes) {
+  // Four chains, or the loop waits for the latency of the maximum.
+  constexpr int chains = 4;
+  Vec<T> best[chains];
+  for (int k = 0; k < chains; ++k) best[k] = splat(-infinity<T>);
+  int64_t j = 0;
+  for (; j + chains * lanes<T> <= classes; j += chains * lanes<T>)
+    for (int k = 0; k < chains; ++k)
+      best[k] = maximum<T>(best[k], u.minus(j + k * lanes<T>, T(0), [](const T* p, T) { return load(p); }));
+  sweep<T>(j, classes, [&](int64_t i, auto load, auto) { best[0] = maximum<T>(best[0], u.minus(i, T(0), load)); });
+  return max_lanes<T>(maximum<T>(maximum<T>(best[0], best[1]), maximum<T>(best[2], best[3])));
+}
+
+// Sweep (2): writes e^(u_j - m) to `e`; returns its sum and sum_j ws_j (m - u_j).
+template <class T>
+struct RowSums {
+  T exponentials, smooth_distance;
+};
+
+template <class T, Affine form, class Fetch>
+RowSums<T> exponentiate(const Adjusted<T, form> u, int64_t classes, T m, const T* ws, T* e, Fetch fetch) {
+  const Vec<T> zero = splat(T(0));
+  Vec<T> total = zero, distance = zero;
+  blocks(classes, [&](int64_t begin, int64_t end) {
+    Vec<T> block_total = zero, block_distance = zero;
+    if (ws == nullptr) {
+      sweep<T>(begin, end, [&](int64_t j, auto load, auto store) {
+        fetch(j);
+        const Vec<T> ex = exponential(u.minus(j, m, load));
+        store(e + j, ex);
+        block_total += ex;
+      });
+    } else {
+      sweep<T>(begin, end, [&](int64_t j, auto load, auto store) {
+        fetch(j);
+        const Vec<T> v = u.minus(j, m, load), ex = exponential(v), w = load(ws + j, T(0));
+        store(e + j, ex);
+        block_total += ex;
+        block_distance -= w != zero ? w * v : zero;  // a class without weight adds nothing, even masked (v = -inf)
+      });
+    }
+    total += block_total;
+    distance += block_distance;
+  });
+  return {sum_lanes<T>(total), sum_lanes<T>(distance)};
+}
+
+template <class T, Affine form>
+RowSums<T> exponentiate(const Adjusted<T, form> u, int64_t classes, T m, const T* ws, T* e, const Ahead& ahead) {
+  if (ahead.input == nullptr) return exponentiate(u, classes, m, ws, e, [](int64_t) {});
+  return exponentiate(u, classes, m, ws, e, [ahead](int64_t j) { ahead.column(j); });
+}
+
+template <class T>
+T sum_without(const T* e, int64_t classes, int64_t skip) {
+  Vec<T> total = splat(T(0));
+  blocks(classes, [&](int64_t begin, int64_t end) {
+    Vec<T> block_total = splat(T(0));
+    const auto add = [&](int64_t j, auto load, auto) { block_total += load(e + j, T(0)); };
+    const int64_t hole = std::clamp(skip, begin, end);
+    sweep<T>(begin, hole, add);
+    sweep<T>(std::max(begin, skip + 1), end, add);
+    total += block_total;
+  });
+  return sum_lanes<T>(total);
+}
+
+// The last sweep: the gradient du_j/dx_j (P e_j - S ws_j) times the upstream value, which is multiplied last so that a
+// gradient kept from the forward (upstream 1) and multiplied later has the same bits. e(j, load) gives e^(u_j - m).
+template <class T, Affine form, class Exponentials>
+void gradient_row(const CrossEntropyCall<T>& call, const Adjusted<T, form> u, const RowState<T>& state, T upstream,
+                  Exponentials e, T* out) {
+  const T slope = form == Affine::full ? T(1) : u.s;  // one slope for all columns goes into the row's factors
+  const T probability = slope * (call.inverse_denominator * state.probability);
+  const T smooth = slope * (call.inverse_denominator * state.factor * call.options.smoothing_per_class);
+  const int64_t classes = call.classes;
+  const T* ws = call.smooth;
+  const auto finish = [&](auto dl_du, auto times_upstream) {
+    sweep<T>(0, classes, [&](int64_t j, auto load, auto store) {
+      if constexpr (form == Affine::full)
+        store(out + j, times_upstream(load(u.scale + j, T(0)) * dl_du(j, load)));
+      else
+        store(out + j, times_upstream(dl_du(j, load)));
+    });
+  };
+  const auto with_upstream = [&](auto dl_du) {
+    if (upstream == T(1))
+      finish(dl_du, [](Vec<T> v) { return v; });
+    else
+      finish(dl_du, [upstream](Vec<T> v) { return v * upstream; });
+  };
+  if (ws == nullptr)
+    with_upstream([&](int64_t j, auto load) { return probability * e(j, load); });
+  else
+    with_upstream([&](int64_t j, auto load) {
+      return multiply_add<T>(splat(probability), e(j, load), -smooth * load(ws + j, T(0)));
+    });
+}
+
+// For probabilities dl/du_j = P e_j - t_j (A (1 - eps) w_j + B) - S ws_j.
+template <class T>
+void probability_dl_du(const CrossEntropyCall<T>& call, const RowState<T>& state, const T* t, const T* e, T* dl_du) {
+  const T f = call.inverse_denominator;
+  const T hard = f * state.factor * (T(1) - call.options.label_smoothing), raw = f * state.at_label;
+  const T probability = f * state.probability, smooth = f * state.factor * call.options.smoothing_per_class;
+  sweep<T>(0, call.classes, [&](int64_t j, auto load, auto store) {
+    const Vec<T> w = call.weight ? load(call.weight + j, T(0)) : splat(T(1));
+    Vec<T> d = multiply_add<T>(splat(probability), load(e + j, T(0)), -load(t + j, T(0)) * (hard * w + raw));
+    if (call.smooth != nullptr) d -= smooth * load(call.smooth + j, T(0));
+    store(dl_du + j, d);
+  });
+}
+
+// The loss and state of one row with a label, e^(u_j - m) left in `e`.
+template <class T, Affine form>
+T label_row(const CrossEntropyCall<T>& call, const Adjusted<T, form>& u, int64_t row, int64_t y, const Ahead& ahead,
+            T* e, RowState<T>* state) {
+  const T margin = call.margin == nullptr ? T(0) : call.uniform_scale * call.margin[y * call.margin_stride];
+  const T raw = u.at(y), label = raw - margin;
+  T m = row_maximum(u, call.classes);
+  // m has to be near the largest u, not equal to it; only a large margin on the largest logit moves it far away.
+  if (margin > T(40) && raw > m - T(1)) {
+    m = label;
+    for (int64_t j = 0; j < call.classes; ++j)
+      if (j != y) m = std::max(m, u.at(j));
+  }
+  m = std::max(m, label);
+  const RowSums<T> sums = exponentiate(u, call.classes, m, call.smooth, e, ahead);
+  // sum over j != y: by subtraction where that is exact enough, else added up again.
+  const T others =
+      T(2) * e[y] <= sums.exponentials && raw <= m ? sums.exponentials - e[y] : sum_without(e, call.classes, y);
+  const T smooth_weight = call.smooth == nullptr ? T(0) : call.smooth[y];
+  return finish_label_row(m, others, margin == T(0) ? e[y] : std::exp(label - m), m - label,
+                          sums.smooth_distance + weighted(smooth_weight, margin), call.weight ? call.weight[y] : T(1),
+                          smooth_weight, call.row_weight ? call.row_weight[row] : T(1), call.options, state);
+}
+
+template <class T, Affine form>
+T probability_row(const CrossEntropyCall<T>& call, const Adjusted<T, form>& u, int64_t row, const T* t,
+                  const Ahead& ahead, T* e, RowState<T>* state, bool* bad) {
+  const T m = row_maximum(u, call.classes);
+  const RowSums<T> sums = exponentiate(u, call.classes, m, call.smooth, e, ahead);
+  const Vec<T> zero = splat(T(0));
+  Vec<T> total = zero, distance = zero, weighted_total = zero, weighted_distance = zero;
+  IntVec<T> wrong = {};
+  blocks(call.classes, [&](int64_t begin, int64_t end) {
+    Vec<T> part_total = zero, part_distance = zero, part_weighted_total = zero, part_weighted_distance = zero;
+    sweep<T>(begin, end, [&](int64_t j, auto load, auto) {
+      const Vec<T> p = load(t + j, T(0)), w = call.weight ? load(call.weight + j, T(0)) : splat(T(1));
+      // What has no probability or no weight adds nothing, even where u_j = -inf.
+      const Vec<T> term = p != zero ? p * -u.minus(j, m, load) : zero;
+      part_total += p;
+      part_distance += term;
+      part_weighted_total += w * p;
+      part_weighted_distance += w != zero ? w * term : zero;
+      wrong |= ~((p >= zero) & (p < splat(infinity<T>)));
+      if (call.bias != nullptr) wrong |= (load(call.bias + j, T(0)) == splat(-infinity<T>)) & (p != zero);
+    });
+    total += part_total;
+    distance += part_distance;
+    weighted_total += part_weighted_total;
+    weighted_distance += part_weighted_distance;
+  });
+  for (int64_t k = 0; k < lanes<T>; ++k) *bad |= wrong[k] != 0;
+  return finish_probability_row(m, sums.exponentials, sum_lanes<T>(total), sum_lanes<T>(distance),
+                                sum_lanes<T>(weighted_total), sum_lanes<T>(weighted_distance), sums.smooth_distance,
+                                call.row_weight ? call.row_weight[row] : T(1), call.options, state);
+}
+
+// --- Rows in and out of memory ---
+
+constexpr int64_t max_tile = 16;  // 16 floats are a cache line
+
+// Memory on a cache line. Not a std::vector: its functions would have external linkage (see common/row_loss.h).
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(count > 0 ? static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)) : nullptr) {
+    if (count > 0 && data_ == nullptr) std::abort();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data() { return data_; }
+
+ private:
+  T* data_;
+};
+
+// A tensor of rows: used where they are if they hold T at unit class stride, and otherwise in scratch rows of T.
+// Without data there are only scratch rows. `tile` rows pass together, so that where classes are strided neighbouring
+// rows share cache lines.
+template <class T>
+class Rows {
+ public:
+  Rows(const void* data, ElementType type, const Layout& layout, int64_t classes, int64_t tile)
+      : data_(static_cast<char*>(const_cast<void*>(data))),
+        type_(type),
+        layout_(layout),
+        classes_(classes),
+        direct_(data != nullptr && layout.stride_class == 1 &&
+                type == (sizeof(T) == 4 ? ElementType::f32 : ElementType::f64)),
+        scratch_(direct_ ? 0 : tile * classes) {}
+  T* row(int64_t first, int64_t row) {
+    return direct_ ? reinterpret_cast<T*>(data_) + layout_.offset(row) : scratch_.data() + (row - first) * classes_;
+  }
+  // Where a row lies if it lies in one piece, else the scratch memory, which is in the cache.
+  const char* memory(int64_t row) {
+    return in_one_piece() ? data_ + layout_.offset(row) * element_bytes()
+                          : reinterpret_cast<const char*>(scratch_.data());
+  }
+  int64_t element_bytes() const {
+    const bool half = type_ == ElementType::bf16 || type_ == ElementType::f16;
+    return !in_one_piece() ? int64_t(sizeof(T)) : half ? 2 : type_ == ElementType::f32 ? 4 : 8;
+  }
+  void read(int64_t begin, int64_t end) {
+    each(
+        begin, end, [&](auto* from, T* to) { widen(from, classes_, to); },
+        [](auto* from, T* to) { *to = T(to_float(*from)); });
+  }
+  void write(int64_t begin, int64_t end) {
+    each(
+        begin, end, [&](auto* to, T* from) { narrow(from, classes_, to); },
+        [](auto* to, T* from) { round_to(to, *from); });
+  }
+
+ private:
+  bool in_one_piece() const { return data_ != nullptr && layout_.stride_class == 1; }
+  template <class Whole, class One>
+  void each(int64_t begin, int64_t end, Whole whole, One one) {
+    if (direct_ || data_ == nullptr) return;
+    switch (type_) {
+      case ElementType::bf16:
+        return each_of<BFloat16>(begin, end, whole, one);
+      case ElementType::f16:
+        return each_of<Float16>(begin, end, whole, one);
+      case ElementType::f32:
+        return each_of<float>(begin, end, whole, one);
+      default:
+        return each_of<double>(begin, end, whole, one);
+    }
+  }
+  template <class E, class Whole, class One>
+  void each_of(int64_t begin, int64_t end, Whole whole, One one) {
+    E* data = reinterpret_cast<E*>(data_);
+    T* scratch = scratch_.data();
+    if (layout_.stride_class == 1) {
+      for (int64_t r = begin; r < end; ++r) whole(data + layout_.offset(r), scratch + (r - begin) * classes_);
+      return;
+    }
+    int64_t offsets[max_tile];
+    for (int64_t r = begin; r < end; ++r) offsets[r - begin] = layout_.offset(r);
+    for (int64_t j = 0; j < classes_; ++j)
+      for (int64_t r = 0; r < end - begin; ++r)
+        one(data + offsets[r] + j * layout_.stride_class, scratch + r * classes_ + j);
+  }
+
+  char* data_;
+  ElementType type_;
+  Layout layout_;
+  int64_t classes_;
+  bool direct_;
+  Scratch<T> scratch_;
+};
+
+// The three tensors of a call, read and written a tile of rows at a time.
+template <class T>
+struct Tensors {
+  bool probabilities, long_rows;
+  int64_t tile;
+  Rows<T> input, gradient, target;
+
+  explicit Tensors(const CrossEntropyCall<T>& call)
+      : probabilities(is_floating(call.target_type)),
+        long_rows(call.classes >= 256),
+        tile(call.input_layout.stride_class != 1 || (call.gradient && call.gradient_layout.stride_class != 1) ||
+                     (probabilities && call.target_layout.stride_class != 1)
+                 ? max_tile
+                 : 1),
+        input(call.input, call.input_type, call.input_layout, call.classes, tile),
+        gradient(call.gradient, call.gradient_type, call.gradient_layout, call.classes, tile),
+        target(probabilities ? call.target : nullptr, call.target_type, call.target_layout,
+               probabilities ? call.classes : 0, tile) {}
+
+  // Calls row(index, logits, probabilities or null, the next row's memory, gradient or scratch) for each row.
+  template <class Row>
+  void for_rows(int64_t begin, int64_t end, Row row) {
+    for (int64_t first = begin; first < end; first += tile) {
+      const int64_t last = std::min(first + tile, end);
+      input.read(first, last);
+      target.read(first, last);
+      for (int64_t r = first; r < last; ++r) {
+        Ahead ahead;
+        if (long_rows && r + 1 < end)
+          ahead = {input.memory(r + 1), gradient.memory(r + 1), input.element_bytes(), gradient.element_bytes()};
+        row(r, input.row(first, r), probabilities ? target.row(first, r) : nullptr, ahead, gradient.row(first, r));
+      }
+      gradient.write(first, last);
+    }
+  }
+};
+
+template <class T, Affine form>
+Adjusted<T, form> adjusted(const CrossEntropyCall<T>& call, const T* x) {
+  return {x, call.uniform_scale, call.scale, call.bias};
+}
+
+// out_j = du_j/dx_j dl_du_j upstream, the order of gradient_row.
+template <class T, Affine form>
+void scaled(const Adjusted<T, form>& u, int64_t classes, const T* dl_du, T upstream, T* out) {
+  for (int64_t j = 0; j < classes; ++j) out[j] = u.slope(j) * dl_du[j] * upstream;
+}
+
+// Flushes results below the smallest normal number to zero while it lives: e^(u - m) reaches them in any confident row,
+// and arithmetic with subnormal numbers is many times slower.
+class FlushSubnormal {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormal() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormal() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  FlushSubnormal() {}
+#endif
+};
+
+// --- The kernels ---
+
+template <class T, Affine form>
+bool forward(const CrossEntropyCall<T>& call, int64_t begin, int64_t end) {
+  const FlushSubnormal flush;
+  RowState<T>* states = reinterpret_cast<RowState<T>*>(call.state);
+  Tensors<T> tensors(call);
+  bool bad = false;
+  tensors.for_rows(begin, end, [&](int64_t row, const T* x, const T* t, const Ahead& ahead, T* e) {
+    const Adjusted<T, form> u = adjusted<T, form>(call, x);
+    RowState<T>& state = states[row];
+    if (t != nullptr) {
+      call.loss[row] = probability_row(call, u, row, t, ahead, e, &state, &bad);
+      if (call.gradient == nullptr) return;
+      probability_dl_du(call, state, t, e, e);
+      scaled(u, call.classes, e, T(1), e);
+      return;
+    }
+    const int64_t y = label_at(call.target, call.target_type, row);
+    if (y == call.ignore_index) {
+      call.loss[row] = T(0);
+      state = {};
+      if (call.gradient != nullptr) std::fill(e, e + call.classes, T(0));
+      return;
+    }
+    call.loss[row] = label_row(call, u, row, y, ahead, e, &state);
+    if (call.gradient == nullptr) return;
+    gradient_row(call, u, state, T(1), [e](int64_t j, auto load) { return load(e + j, T(0)); }, e);
+    e[y] = u.slope(y) * (call.inverse_denominator * state.at_label);
+  });
+  return !bad;
+}
+
+template <class T, Affine form>
+void backward(const CrossEntropyCall<T>& call, int64_t begin, int64_t end) {
+  const FlushSubnormal flush;
+  const RowState<T>* states = reinterpret_cast<const RowState<T>*>(call.state);
+  const bool sums = call.scale_sums != nullptr || call.bias_sums != nullptr;
+  Tensors<T> tensors(call);
+  Scratch<T> row_scratch(sums || tensors.probabilities ? call.classes : 0);
+  T* dl_du = row_scratch.data();
+  tensors.for_rows(begin, end, [&](int64_t row, const T* x, const T* t, const Ahead& ahead, T* out) {
+    const Adjusted<T, form> u = adjusted<T, form>(call, x);
+    const RowState<T>& state = states[row];
+    const T upstream = call.upstream[row * call.upstream_stride];
+    const int64_t y = t != nullptr ? -1 : label_at(call.target, call.target_type, row);
+    if (t == nullptr && y == call.ignore_index) {
+      std::fill(out, out + call.classes, T(0));
+      return;
+    }
+    const auto recomputed = [&](int64_t j, auto load) { return exponential(u.minus(j, state.max, load)); };
+    if (t == nullptr && !sums) {
+      if (ahead.input == nullptr)
+        gradient_row(call, u, state, upstream, recomputed, out);
+      else
+        gradient_row(
+            call, u, state, upstream,
+            [&](int64_t j, auto load) {
+              ahead.column(j);
+              return recomputed(j, load);
+            },
+            out);
+      out[y] = u.slope(y) * (call.inverse_denominator * state.at_label) * upstream;
+      return;
+    }
+    // dl/du by itself: gradient_row with du/dx = 1 and upstream 1.
+    if (t != nullptr) {
+      sweep<T>(0, call.classes, [&](int64_t j, auto load, auto store) { store(dl_du + j, recomputed(j, load)); });
+      probability_dl_du(call, state, t, dl_du, dl_du);
+    } else {
+      gradient_row(call, Adjusted<T, Affine::uniform>{x, T(1), nullptr, nullptr}, state, T(1), recomputed, dl_du);
+      dl_du[y] = call.inverse_denominator * state.at_label;
+    }
+    if (sums) {
+      const T factor = call.uniform_scale * upstream;
+      for (int64_t j = 0; j < call.classes; ++j) {
+        const T d = factor * dl_du[j];
+        if (call.bias_sums != nullptr) call.bias_sums[j] += d;
+        // Whatever flows to a masked logit, it does not depend on the class's scale: -inf times anything is -inf.
+        if (call.scale_sums != nullptr) call.scale_sums[j] += x[j] == -infinity<T> ? T(0) : d * x[j];
+      }
+    }
+    scaled(u, call.classes, dl_du, upstream, out);
+  });
+}
+
+template <class T>
+bool forward_any(const CrossEntropyCall<T>& call, int64_t begin, int64_t end) {
+  if (call.scale != nullptr) return forward<T, Affine::full>(call, begin, end);
+  if (call.bias != nullptr) return forward<T, Affine::bias>(call, begin, end);
+  return forward<T, Affine::uniform>(call, begin, end);
+}
+
+template <class T>
+void backward_any(const CrossEntropyCall<T>& call, int64_t begin, int64_t end) {
+  if (call.scale != nullptr) return backward<T, Affine::full>(call, begin, end);
+  if (call.bias != nullptr) return backward<T, Affine::bias>(call, begin, end);
+  return backward<T, Affine::uniform>(call, begin, end);
+}
+
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = {{forward_any<float>, backward_any<float>}, {forward_any<double>, backward_any<double>}};
+
+}  // namespace ltk::LTK_ISA
