@@ -1,0 +1,51 @@
+"""Fast kernels for deep long-tailed learning.
+
+Every public name below is loaded on first use: ``import ltkernels`` costs no more than an empty module, and never
+compiles anything.
+
+Example:
+    >>> import torch, ltkernels as ltk
+    >>> criterion = ltk.losses.LogitAdjustedLoss(class_counts=[900, 90, 10])
+    >>> loss = criterion(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0]))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import backends, bench, functional, losses, rebalance
+    from .backends import available_backends, explain, use_backend
+    from .heads import CosineLinear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CosineLinear",
+    "available_backends",
+    "backends",
+    "bench",
+    "explain",
+    "functional",
+    "losses",
+    "rebalance",
+    "use_backend",
+]
+
+_MODULES = ("backends", "bench", "functional", "losses", "rebalance")
+_OWNERS = {"CosineLinear": "heads", "available_backends": "backends", "explain": "backends", "use_backend": "backends"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name in _OWNERS:
+        value = getattr(import_module(f".{_OWNERS[name]}", __name__), name)
+        globals()[name] = value  # the next lookup does not come here
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

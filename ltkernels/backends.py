@@ -1,0 +1,259 @@
+"""Which implementation serves a call, and why.
+
+Each op has a table of implementations, fastest first. The first one that can serve a call does; :func:`explain` prints
+the reasons, :func:`use_backend` (or the environment variable ``LTK_BACKEND``) asks for one by name.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""Backend names, fastest first; ``reference`` runs everywhere and serves every call."""
+
+CPU_INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+"""Names of the instruction sets the C++ library is built for, fastest first; ``LTK_CPU_ISA`` forces one."""
+
+_LIBRARY = Path(__file__).parent / "lib" / "libltkernels_cpu.so"
+
+
+@cache
+def status() -> dict[str, str | None]:
+    """Every backend's name, with ``None`` where this process can use it and otherwise the reason why it cannot."""
+    return {
+        "cuda": "not part of this version",
+        "triton": "not part of this version",
+        "cpu": _load_cpu_library(),
+        "reference": None,
+    }
+
+
+def _load_cpu_library() -> str | None:
+    if not _LIBRARY.exists():
+        return f"{_LIBRARY.name} was not built: ltkernels was installed without a C++ compiler or without torch"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return f"{_LIBRARY.name} could not be loaded: {str(error).splitlines()[0]}"
+    if forced := os.environ.get("LTK_CPU_ISA"):
+        cpu_instruction_set(forced)
+    return None
+
+
+def cpu_instruction_set(name: str | None = None) -> str:
+    """The instruction set that the ``cpu`` backend uses; with ``name``, the one it uses from now on.
+
+    Args:
+        name: one of :data:`CPU_INSTRUCTION_SETS`, or ``None`` to ask only. Their results differ in rounding.
+
+    Raises:
+        ValueError: an unknown name, or one that this machine or build does not have.
+        RuntimeError: the C++ library is not there.
+
+    Example:
+        >>> from ltkernels import backends
+        >>> backends.status()["cpu"] is not None or backends.cpu_instruction_set() in backends.CPU_INSTRUCTION_SETS
+        True
+    """
+    if name is not None and name not in CPU_INSTRUCTION_SETS:
+        raise ValueError(f"instruction set: expected {' or '.join(map(repr, CPU_INSTRUCTION_SETS))}, found {name!r}")
+    if not hasattr(torch.ops.ltkernels_cpu, "select_isa") and (reason := status()["cpu"]):
+        raise RuntimeError(f"the cpu backend is not available: {reason}")
+    used: int = torch.ops.ltkernels_cpu.select_isa(-1 if name is None else CPU_INSTRUCTION_SETS.index(name))
+    if used < 0:
+        raise ValueError(f"instruction set: {name!r} is not offered by this processor or was not built")
+    return CPU_INSTRUCTION_SETS[used]
+
+
+def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
+    """Names of the backends that can serve tensors on ``device``, fastest first.
+
+    Args:
+        device: a device or device type, such as ``"cpu"`` or ``"cuda:0"``.
+
+    Returns:
+        Names from :data:`BACKENDS`; the last is always ``"reference"``. ``ltkernels info`` says why one is missing.
+
+    Example:
+        >>> import ltkernels as ltk
+        >>> ltk.available_backends("cpu")[-1]
+        'reference'
+    """
+    kind = torch.device(device).type
+    serves = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "reference": kind}
+    return tuple(name for name in BACKENDS if serves[name] == kind and status()[name] is None)
+
+
+class use_backend:  # noqa: N801 (called like a function, used like torch.no_grad)
+    """Ask for one backend, in all threads of the process: from now on, or inside a ``with`` block.
+
+    Args:
+        name: one of :data:`BACKENDS`, or ``None`` to go back to the automatic choice.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend that this process cannot use, with the reason. A call that the backend cannot serve
+            raises when it is made.
+
+    Example:
+        >>> import torch, ltkernels as ltk
+        >>> with ltk.use_backend("reference"):
+        ...     loss = ltk.functional.cross_entropy(torch.zeros(1, 4), torch.tensor([2]))
+        >>> round(loss.item(), 4)
+        1.3863
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        _check_name(name)
+        self._name, self._before = name, _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        global _forced
+        _forced = self._name  # again, if this is not the object's first block
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _forced
+        _forced = self._before
+
+
+def _check_name(name: str | None) -> None:
+    if name is None:
+        return
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected {', '.join(map(repr, BACKENDS))} or None, found {name!r}")
+    if reason := status()[name]:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+
+
+_forced: str | None = os.environ.get("LTK_BACKEND") or None
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's implementation of one op: its callables and the calls it cannot serve."""
+
+    backend: str
+    device: str | None
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    refuses: Callable[..., str | None] = lambda *call: None
+    gradient_in_forward: bool = False
+
+    def reason_against(self, device: torch.device, call: tuple[Any, ...]) -> str | None:
+        """``None`` if this implementation can serve ``call``, otherwise why not."""
+        if self.device is not None and device.type != self.device:
+            return f"runs on {self.device}, the tensors are on {device.type}"
+        return status()[self.backend] or self.refuses(*call)
+
+
+@dataclass
+class Table:
+    """The implementations of one op, fastest first."""
+
+    op: str
+    rows: list[Implementation]
+    _candidates: dict[str, list[Implementation]] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
+
+    def choose(self, input: Tensor, call: tuple[Any, ...]) -> Implementation:
+        """The implementation that serves ``call``: the one asked for, or the first that can."""
+        if _explaining and _explaining == get_ident():
+            raise _ExplanationError(self._explain(input.device, call))
+        if _forced is not None:
+            return self._asked_for(_forced, input.device, call)
+        kind = "cpu" if input.is_cpu else input.device.type  # a device object takes longer to make
+        for row in self._candidates.get(kind) or self._find_candidates(input.device):
+            reason = row.refuses(*call)
+            if reason is None:
+                return row
+            self._tell(row, reason)
+        raise AssertionError("the reference implementation serves every call")
+
+    def _find_candidates(self, device: torch.device) -> list[Implementation]:
+        """What this process can use on the device: found once, since looking at every call costs microseconds."""
+        rows = [row for row in self.rows if row.device in (None, device.type)]
+        for row in rows:
+            if reason := status()[row.backend]:
+                self._tell(row, reason)
+        self._candidates[device.type] = [row for row in rows if status()[row.backend] is None]
+        return self._candidates[device.type]
+
+    def _tell(self, row: Implementation, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            warnings.warn(f"ltkernels: {self.op} does not use the {row.backend} backend: {reason}", stacklevel=5)
+
+    def _asked_for(self, name: str, device: torch.device, call: tuple[Any, ...]) -> Implementation:
+        _check_name(name)
+        row = next((row for row in self.rows if row.backend == name), None)
+        reason = f"it has no {self.op}" if row is None else row.reason_against(device, call)
+        if row is None or reason is not None:
+            raise RuntimeError(f"{self.op}: backend {name!r} was asked for but cannot serve this call: {reason}")
+        return row
+
+    def _explain(self, device: torch.device, call: tuple[Any, ...]) -> str:
+        lines = [f"{self.op} on {device}:"]
+        chosen = False
+        for row in self.rows:
+            reason = row.reason_against(device, call)
+            if reason is None and not chosen and _forced in (None, row.backend):
+                verdict, chosen = "serves this call" + (" (asked for)" if _forced else ""), True
+            else:
+                verdict = f"no: {reason}" if reason else "could serve this call"
+            lines.append(f"  {row.backend:<10} {verdict}")
+        if not chosen:
+            lines.append(f"  backend {_forced!r} was asked for: the call would raise")
+        return "\n".join(lines)
+
+
+class _ExplanationError(Exception):
+    """Carries the text out of a call that :func:`explain` made."""
+
+
+_explaining = 0
+"""The thread that is in :func:`explain`, whose next op raises instead of computing; another thread's computes."""
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Say which backend would serve ``fn(*args, **kwargs)`` and why not the others, without computing it.
+
+    Args:
+        fn: a function of :mod:`ltkernels.functional` or a loss module.
+        *args: its arguments; they are checked as in a call.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        One line for each backend.
+
+    Raises:
+        ValueError: ``fn`` calls no op of this library. Argument errors are raised as by ``fn``.
+
+    Example:
+        >>> import torch, ltkernels as ltk
+        >>> with ltk.use_backend("reference"):
+        ...     text = ltk.explain(ltk.functional.cross_entropy, torch.zeros(2, 3), torch.tensor([0, 1]))
+        >>> text.splitlines()[-1]
+        '  reference  serves this call (asked for)'
+    """
+    global _explaining
+    _explaining = get_ident()
+    try:
+        fn(*args, **kwargs)
+    except _ExplanationError as explanation:
+        return str(explanation)
+    finally:
+        _explaining = 0
+    raise ValueError(f"fn: expected a function that calls an op of ltkernels, found {fn!r}")

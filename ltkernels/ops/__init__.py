@@ -1,0 +1,1 @@
+"""The ops: schema, fake and autograd of every hot path."""

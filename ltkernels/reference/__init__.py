@@ -1,0 +1,1 @@
+"""Plain differentiable PyTorch: the definition of what every other backend must compute."""
