@@ -1,0 +1,240 @@
+"""What every loss module shares: settings, class tables as buffers, options, checks, epochs, repr and the call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypedDict, overload
+
+import torch
+from torch import Tensor, nn
+
+from ltkernels import arguments as arg
+from ltkernels import functional, rebalance
+from ltkernels.rebalance import ClassCounts, ClassTableModule, DeferredReweighting
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every loss has; :class:`CrossEntropyLoss` explains them."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    denominator: str | float | Tensor
+    z_loss: float
+    empty: str
+    inplace: bool
+
+
+class WeightedOptions(Options, total=False):
+    """The same for losses that leave the class weights to the caller."""
+
+    weight: Tensor | DeferredReweighting | None
+
+
+_TABLES = ("weight", "class_scale", "class_bias", "class_margin")
+
+
+class Setting:
+    """A number of a method under the method's own name; what it reads is always what the call uses.
+
+    With ``attribute`` it is that attribute of the module, to read and to write. Without, or for a module that has
+    the number in its ``__dict__`` already, it went into a class table, where writing it would change nothing: the
+    constructor sets it, and from then on it is read-only.
+    """
+
+    def __init__(self, attribute: str | None = None, *, open_low: bool = False) -> None:
+        self._attribute = attribute
+        self._open_low = open_low
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, module: None, owner: type) -> Setting: ...
+    @overload
+    def __get__(self, module: nn.Module, owner: type) -> float: ...
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        if module is None:
+            return self
+        if self._attribute is None or self._name in vars(module):
+            return vars(module)[self._name]
+        return getattr(module, self._attribute)
+
+    def __set__(self, module: nn.Module, value: float) -> None:
+        if self._name in vars(module):
+            raise AttributeError(
+                f"{self._name}: expected no assignment, because the class tables were made with it; to change it make"
+                f" a new {type(module).__name__}"
+            )
+        if self._attribute is None:
+            vars(module)[self._name] = value
+        else:
+            setattr(module, self._attribute, arg.number(self._name, value, 0.0, math.inf, open_low=self._open_low))
+
+
+class AdjustedCrossEntropy(ClassTableModule):
+    """What the losses share: tables as buffers, the common options, checks, epochs, repr and the call."""
+
+    _shown: ClassVar[tuple[str, ...]] = ()  # attributes of the method, always in the repr
+    _defaults: ClassVar[Mapping[str, object]] = {  # options, in the repr where they differ from this
+        "weight": None,
+        "ignore_index": -100,
+        "reduction": "mean",
+        "label_smoothing": 0.0,
+        "denominator": "weight",
+        "z_loss": 0.0,
+        "empty": "nan",
+        "inplace": False,
+    }
+    class_counts: Tensor | None
+    weight: Tensor | DeferredReweighting | None
+    class_scale: Tensor | None
+    class_bias: Tensor | None
+    class_margin: Tensor | float | None
+
+    def __init__(
+        self,
+        class_counts: ClassCounts | None = None,
+        *,
+        weight: Tensor | DeferredReweighting | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        scale: float = 1.0,
+        class_scale: Tensor | None = None,
+        class_bias: Tensor | None = None,
+        class_margin: Tensor | float | None = None,
+        focal_gamma: float = 0.0,
+        focal_pt: str = "raw",
+        focal_grad: str = "full",
+        z_loss: float = 0.0,
+        denominator: str | float | Tensor = "weight",
+        empty: str = "nan",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("class_counts", None if class_counts is None else rebalance.counts_buffer(class_counts))
+        self.weight = weight
+        self.class_scale = class_scale
+        self.class_bias = class_bias
+        self.class_margin = class_margin
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.scale = scale
+        self.focal_gamma = focal_gamma
+        self.focal_pt = focal_pt
+        self.focal_grad = focal_grad
+        self.z_loss = z_loss
+        self.denominator = denominator
+        self.empty = empty
+        self.inplace = inplace
+        self._find_absent_classes()
+        self._check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lets a table become a buffer, a parameter, a schedule or None, whatever it was; nn.Module keeps the kind."""
+        if name in _TABLES and not hasattr(type(self), name):  # torch's parametrizations make it a property
+            for registry in (vars(self), self._parameters, self._buffers, self._modules):
+                registry.pop(name, None)
+            if value is None or (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
+                self.register_buffer(name, value)
+                return
+        super().__setattr__(name, value)
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss.
+
+        Args:
+            input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``; float64, float32, bfloat16 or float16.
+            target: labels of any integer type, ``()``, ``(N,)`` or ``(N, d1, ...)``; or probabilities of ``input``'s
+                shape.
+            sample_weight: a factor on the loss of each row, of the labels' shape.
+
+        Returns:
+            A 0-d tensor, or the labels' shape with ``reduction="none"``; float64 for float64 logits, else float32.
+        """
+        loss = functional.cross_entropy(input, target, sample_weight=sample_weight, **self._arguments())
+        if self._has_absent_classes:
+            self._refuse_absent_classes(target)
+        return loss
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells a schedule which epoch starts, counted from 0; without a schedule nothing changes.
+
+        Call it before the first step of every epoch (in Lightning, in ``on_train_epoch_start``).
+        """
+        if isinstance(self.weight, DeferredReweighting):
+            self.weight.set_epoch(epoch)
+
+    def extra_repr(self) -> str:
+        parts = [f"{name}={getattr(self, name)!r}" for name in self._shown]
+        if self.class_counts is not None:
+            parts.append(rebalance.describe_counts(self.class_counts))
+        for name, default in self._defaults.items():
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.ndim:
+                parts.append(f"{name}={tuple(value.shape)}")
+            elif not isinstance(value, nn.Module) and value is not default and value != default:
+                parts.append(f"{name}={value!r}")
+        return ", ".join(parts)
+
+    def _arguments(self) -> dict[str, Any]:
+        # Spelt out for speed: nn.Module finds a buffer after all else, and a loop over the names takes as long again.
+        buffers = self._buffers
+        weight = buffers["weight"] if "weight" in buffers else self.weight
+        reduction = self.reduction
+        return {
+            "weight": weight() if isinstance(weight, DeferredReweighting) else weight,
+            "class_scale": buffers["class_scale"] if "class_scale" in buffers else self.class_scale,
+            "class_bias": buffers["class_bias"] if "class_bias" in buffers else self.class_bias,
+            "class_margin": buffers["class_margin"] if "class_margin" in buffers else self.class_margin,
+            "ignore_index": self.ignore_index,
+            "reduction": reduction,
+            "label_smoothing": self.label_smoothing,
+            "scale": self.scale,
+            "focal_gamma": self.focal_gamma,
+            "focal_pt": self.focal_pt,
+            "focal_grad": self.focal_grad,
+            "z_loss": self.z_loss,
+            # Libraries set `loss.reduction = "none"` on a loss they were given; a denominator is for the mean alone.
+            "denominator": self.denominator if reduction == "mean" else "weight",
+            "empty": self.empty,
+            "inplace": self.inplace,
+        }
+
+    def _check(self) -> None:
+        """Calls the loss with no rows: what the call would refuse is refused by the constructor, in the same words."""
+        arguments: dict[str, Any] = {
+            name: v.detach().cpu() if isinstance(v, Tensor) else v for name, v in self._arguments().items()
+        }
+        tables = [self.class_counts, *(arguments[name] for name in _TABLES)]
+        num_classes = next((len(table) for table in tables if isinstance(table, Tensor) and table.ndim == 1), 1)
+        logits, labels = torch.empty(0, num_classes, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
+        functional.cross_entropy(logits, labels, **arguments)
+
+    def _find_absent_classes(self) -> None:
+        self._has_absent_classes = self.class_counts is not None and bool((self.class_counts == 0).any())
+
+    def _refuse_absent_classes(self, target: Tensor) -> None:
+        """Refuses labels that, without a bias of -inf, the functional takes.
+
+        Not on a GPU, which would have to stop, nor in a compiled graph or under torch.func, where values can not be
+        looked at.
+        """
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return
+        if self.class_counts is None or target.is_floating_point() or target.device.type != "cpu":
+            return
+        labels = target.long()
+        labels = labels[labels != self.ignore_index]
+        absent = labels[self.class_counts.cpu()[labels] == 0]
+        if len(absent):
+            raise ValueError(
+                f"target: expected labels of classes with training samples, found class {int(absent[0])} with count 0"
+            )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._find_absent_classes()
