@@ -1,0 +1,19 @@
+"""The benchmark: every loss against what people use today, on the machine at hand.
+
+``ltkernels bench`` runs it from an installed package; ``benchmarks/`` in the source tree holds what it measured and
+how to read it. One idea a file:
+
+* ``scenarios``: batch shapes and inputs;
+* ``peers``: the losses and the forms they are compared with;
+* ``device``: timing, memory and name of a machine;
+* ``runner``: equality first, then interleaved rounds, then records;
+* ``targets``: the figures this project sets itself;
+* ``report``: JSON Lines, tables, plot, README figures;
+* ``command``: the command line.
+"""
+
+from __future__ import annotations
+
+from ltkernels.bench.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,210 @@
+"""Command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltkernels.bench import peers, report, runner
+from ltkernels.bench.device import Cpu
+from ltkernels.bench.scenarios import SCENARIOS, Scenario, scenario
+from ltkernels.bench.targets import judge
+
+
+def _parser() -> argparse.ArgumentParser:
+    variants = [variant.name for variant in peers.VARIANTS]
+    parser = argparse.ArgumentParser(
+        prog="ltkernels bench",
+        description="Time ltkernels' losses against what they replace. Forms take turns call by call; ratios are "
+        "medians over rounds; results are checked to be equal first. The exit status never depends on a time.",
+    )
+    shapes = ", ".join(f"{s.name} ({s.source})" for s in SCENARIOS)
+    parser.add_argument(
+        "--scenario", type=_list_of(_scenario), default=SCENARIOS, metavar="NxC,...", help=f"default: {shapes}"
+    )
+    parser.add_argument(
+        "--variant",
+        type=_list_of(_variant),
+        default=peers.VARIANTS,
+        metavar="LOSS,...",
+        help=f"default: {', '.join(variants)}",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_list_of(_positive),
+        default=(1,),
+        metavar="N,...",
+        help="thread counts; several run in a process each, because torch.compile builds the count into its code "
+        "(default: 1)",
+    )
+    parser.add_argument("--dtype", choices=list(runner.DTYPES), default="float32", help="logits (default: float32)")
+    parser.add_argument(
+        "--mode",
+        choices=list(runner.MODES),
+        default="fwd_bwd",
+        help="; ".join(f"{name}: {text}" for name, text in runner.MODES.items()),
+    )
+    parser.add_argument(
+        "--memory",
+        choices=list(runner.MEMORY),
+        default="default",
+        help="; ".join(f"{name}: {text}" for name, (text, _) in runner.MEMORY.items()),
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=4.0,
+        help=f"time for the rounds of one loss on one batch, at least {runner.MIN_ROUNDS} rounds (default: 4)",
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (10 to 30 s each)")
+    parser.add_argument("--targets", action="store_true", help="say which of the project's targets are reached")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write the records, one JSON object a line")
+    parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw time per logit (needs matplotlib)")
+    parser.add_argument("--load", type=Path, metavar="FILE.jsonl", help="measure nothing, show these records instead")
+    parser.add_argument("--records-only", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _list_of(one: Any) -> Any:
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(one(part.strip()) for part in text.split(","))
+
+    return parse
+
+
+def _scenario(text: str) -> Scenario:
+    try:
+        return scenario(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _variant(text: str) -> peers.Variant:
+    for variant in peers.VARIANTS:
+        if variant.name == text:
+            return variant
+    names = ", ".join(variant.name for variant in peers.VARIANTS)
+    raise argparse.ArgumentTypeError(f"expected one of {names}, found {text!r}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, found {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds >= 0, found {text!r}")
+    return value
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _progress(variant: peers.Variant, shape: Scenario, measurement: runner.Measurement) -> None:
+    ours = next(record for record in measurement.records if record["peer"] == peers.OURS)
+    ratios = ", ".join(f"{ratio:.2f} of {name}" for name, ratio in ours["ratio"].items())
+    _say(f"[{ours['threads']}t] {shape.name} {variant.name}: {report.duration(ours['p50_us'])}; {ratios}")
+    for name, reason in measurement.refused.items():
+        _say(f"[{ours['threads']}t] {shape.name} {variant.name}: REFUSED {name}: {reason}")
+
+
+def _measure_here(args: argparse.Namespace) -> list[dict[str, Any]]:
+    plan = runner.Plan(args.mode, args.dtype, args.seconds, not args.no_compile, memory=args.memory)
+    with _threads(args.threads[0]):
+        return runner.run(args.variant, args.scenario, Cpu(), plan, _progress)
+
+
+def _measure_in_children(args: argparse.Namespace) -> list[dict[str, Any]]:
+    tunables = runner.MEMORY[args.memory][1]
+    environment = os.environ | ({} if tunables is None else {"GLIBC_TUNABLES": tunables})
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in args.threads:
+            part = Path(folder) / f"{count}.jsonl"
+            command = [
+                *(sys.executable, "-m", "ltkernels.bench", "--records-only"),
+                *("--threads", str(count), "--out", str(part), "--mode", args.mode, "--dtype", args.dtype),
+                *("--memory", args.memory),
+                *("--seconds", str(args.seconds), "--scenario", ",".join(shape.name for shape in args.scenario)),
+                *("--variant", ",".join(variant.name for variant in args.variant)),
+                *(["--no-compile"] if args.no_compile else []),
+            ]
+            subprocess.run(command, check=True, env=environment | {"OMP_NUM_THREADS": str(count)})
+            records += report.read_records(part)
+    return records
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark.
+
+    Args:
+        argv: command line without the program's name; ``None`` takes the process's own.
+
+    Returns:
+        0 when everything ran, however fast; 1 when a result of ltkernels is wrong, a file cannot be read or a
+        library is missing.
+
+    Raises:
+        SystemExit: status 2 for a wrong command line.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        if args.load is not None:
+            records = report.read_records(args.load)
+            if not records:
+                raise ValueError(f"{args.load}: expected benchmark records, found an empty file")
+        elif args.records_only or (len(args.threads) == 1 and args.memory == "default"):
+            records = _measure_here(args)
+        else:
+            records = _measure_in_children(args)
+        if args.out is not None:
+            report.write_records(records, args.out)
+        if not args.records_only:
+            _show(records, args.targets)
+        if args.plot is not None:
+            report.plot(records, args.plot)
+    except subprocess.CalledProcessError as error:
+        _say(f"ltkernels bench: the run with {' '.join(error.cmd[4:6])} failed with status {error.returncode}")
+        return 1
+    except (OSError, ValueError, ImportError, runner.WrongResultError) as error:
+        _say(f"ltkernels bench: {error}")
+        return 1
+    return 0
+
+
+def _show(records: Sequence[report.Record], with_targets: bool) -> None:
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise ImportError("rich is not installed; pip install 'ltkernels[bench]'") from error
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(report.results_table(records))
+    if with_targets:
+        lines = judge(records)
+        console.print(report.targets_table(lines) if lines else "targets: none is set for these losses and this mode")

@@ -1,0 +1,254 @@
+"""What a run says: JSON Lines in and out, tables on the terminal, a plot, and the figures of the README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ltkernels.bench import peers
+from ltkernels.bench.peers import VARIANTS
+from ltkernels.bench.targets import Line
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Record = Mapping[str, Any]
+
+TITLES = {variant.name: variant.title for variant in VARIANTS}
+FIELDS = frozenset(
+    "op variant scenario source N C dtype mode memory threads peer less_work backend rounds p25_us p50_us p75_us ratio "
+    "model_bytes frac_copy launches peak_mb peak_bytes page_faults rel_err_loss rel_err_grad rounding_grad "
+    "device cpu isa kernel_isa load torch ltkernels git utc".split()
+)
+
+
+def write_records(records: Iterable[Record], path: Path) -> None:
+    """Writes one JSON object a line; an existing file is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads what :func:`write_records` wrote.
+
+    Raises:
+        ValueError: a line is no record; the message names file, line and what is missing.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: expected a JSON object, found {line[:40]!r}") from error
+        missing = FIELDS - record.keys() if isinstance(record, dict) else FIELDS
+        if missing:
+            raise ValueError(f"{path}:{number}: expected the fields of a benchmark record, missing {sorted(missing)}")
+        records.append(record)
+    return records
+
+
+def duration(microseconds: float) -> str:
+    """``12.3 µs``, ``4.56 ms``: three digits."""
+    if microseconds < 1_000:
+        return f"{microseconds:.3g} µs"
+    return f"{microseconds / 1_000:.3g} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.3g} s"
+
+
+def _groups(records: Sequence[Record]) -> dict[tuple[Any, ...], list[Record]]:
+    """Records that were timed against each other, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        key = (
+            record["scenario"],
+            record["variant"],
+            record["threads"],
+            record["dtype"],
+            record["mode"],
+            record["memory"],
+        )
+        groups.setdefault(key, []).append(record)
+    return groups
+
+
+def results_table(records: Sequence[Record]) -> Table:
+    """All forms of all losses, with the ratio of each to ours."""
+    from rich.table import Table
+
+    groups = _groups(records)
+    settings = {_setting(record) for record in records}
+    shared = f"\n{settings.pop()}" if len(settings) == 1 else ""
+    table = Table(title=machine(records) + shared)
+    for header in ("batch", "threads", "loss", "form"):
+        table.add_column(header, no_wrap=True)
+    for header in ("median", "quartiles", "x ltkernels", "of copy", "ops", "peak MB", "faults", "loss err", "grad err"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for group in groups.values():
+        for place, record in enumerate(group):
+            head = record["scenario"] if shared else f"{record['scenario']} {_setting(record)}"
+            variant = TITLES.get(record["variant"], record["variant"])
+            table.add_row(
+                *((head, str(record["threads"]), variant) if place == 0 else ("", "", "")),
+                record["peer"] + (" (no loss)" if record["less_work"] else ""),
+                duration(record["p50_us"]),
+                f"{duration(record['p25_us'])} - {duration(record['p75_us'])}",
+                f"{record['ratio'].get(peers.OURS, 1.0):.2f}",
+                _show(record["frac_copy"], ".2f"),
+                _show(record["launches"], "d"),
+                _show(record["peak_mb"], ".2f"),
+                str(record["page_faults"]),
+                _show(record["rel_err_loss"], ".1e"),
+                _show(record["rel_err_grad"], ".1e"),
+                end_section=place == len(group) - 1,
+            )
+    return table
+
+
+def _setting(record: Record) -> str:
+    return f"{record['dtype']}, {record['mode']}, {record['memory']} memory"
+
+
+def _show(value: float | int | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def targets_table(lines: Sequence[Line]) -> Table:
+    """The judged figures."""
+    from rich.table import Table
+
+    table = Table(title="targets")
+    for header in ("figure", "batch", "threads"):
+        table.add_column(header)
+    for header in ("found", "at most", "verdict"):
+        table.add_column(header, justify="right")
+    for line in lines:
+        limit = "-" if line.limit is None else f"{line.limit:.4g}"
+        table.add_row(line.what, line.scenario, str(line.threads), f"{line.found:.4g}", limit, line.verdict)
+    return table
+
+
+def machine(records: Sequence[Record]) -> str:
+    """Where and with what the records were measured, in one line."""
+    first = records[0]
+    version = f"ltkernels {first['ltkernels']}" + (f" at {first['git']}" if first["git"] else "")
+    version += f" ({first['kernel_isa']})" if first["kernel_isa"] else ""
+    return f"{first['cpu']}, {first['isa']}, torch {first['torch']}, {version}, {first['utc'][:10]}"
+
+
+COLOURS = {
+    peers.OURS: "tab:red",
+    peers.EAGER: "tab:blue",
+    peers.PUBLISHED: "tab:cyan",
+    peers.COMPILE: "tab:green",
+    peers.LIBRARY: "tab:olive",
+    peers.CLONE: "tab:gray",
+}
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Median time a logit of every form, one panel a loss, quartiles as bars; the format follows the suffix.
+
+    Args:
+        records: of one type, mode and memory setting; where several thread counts are there, the smallest is drawn.
+        path: image to write, ``.png``, ``.svg`` or ``.pdf``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plot: matplotlib is not installed; pip install 'ltkernels[bench]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    threads = min(record["threads"] for record in records)
+    drawn = [record for record in records if record["threads"] == threads]
+    variants = list(dict.fromkeys(record["variant"] for record in drawn))
+    scenarios = list(dict.fromkeys(record["scenario"] for record in drawn))
+    rows = (len(variants) + 2) // 3
+    figure, axes = plt.subplots(rows, min(3, len(variants)), figsize=(15, 4 * rows), squeeze=False, sharey=True)
+    for axis, variant in zip(axes.flat, variants, strict=False):
+        shown = [name for name in COLOURS if any(r["variant"] == variant and r["peer"] == name for r in drawn)]
+        width = 0.8 / len(shown)
+        for place, form in enumerate(shown):
+            found = {r["scenario"]: r for r in drawn if r["variant"] == variant and r["peer"] == form}
+            where = [scenarios.index(name) + place * width for name in found]
+            middle, low, high = (
+                [r[key] * 1e3 / (r["N"] * r["C"]) for r in found.values()] for key in ("p50_us", "p25_us", "p75_us")
+            )
+            below = [m - q for m, q in zip(middle, low, strict=True)]
+            above = [q - m for m, q in zip(middle, high, strict=True)]
+            axis.bar(where, middle, width, yerr=[below, above], label=form, color=COLOURS[form])
+        axis.set_title(TITLES.get(variant, variant))
+        axis.set_yscale("log")
+        axis.set_xticks([place + 0.4 - width / 2 for place in range(len(scenarios))], scenarios, rotation=30)
+        axis.set_ylabel("ns per logit")
+    for axis in list(axes.flat)[len(variants) :]:
+        axis.set_visible(False)
+    handles = {label: bar for axis in axes.flat for bar, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles))
+    figure.suptitle(f"{drawn[0]['mode']}, {drawn[0]['dtype']}, {threads} thread{'s' * (threads > 1)}\n{machine(drawn)}")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+README_ROWS = (
+    (peers.EAGER, "plain PyTorch"),
+    (peers.PUBLISHED, "published form"),
+    (peers.COMPILE, "torch.compile"),
+    (peers.LIBRARY, "imbalanced-losses"),
+    (peers.CLONE, "clone() of the logits"),
+)
+
+
+def readme_figures(records: Sequence[Record], command: str) -> str:
+    """The README's figures in Markdown: our time, and the ratio to every other form, by batch shape.
+
+    Args:
+        records: of one machine.
+        command: what printed them, quoted below the table.
+
+    Returns:
+        Markdown text. Cells hold one value a thread count, ascending, separated by " / ".
+
+    Raises:
+        ValueError: no float32 ``fwd_bwd`` record of ltkernels with default memory is among them.
+    """
+    settings = {"peer": peers.OURS, "dtype": "float32", "mode": "fwd_bwd", "memory": "default"}
+    ours = [record for record in records if settings.items() <= record.items()]
+    if not ours:
+        raise ValueError("readme_figures: expected float32 fwd_bwd records of ltkernels, found none")
+    scenarios = list(dict.fromkeys((r["scenario"], r["source"]) for r in ours))
+    threads = sorted({r["threads"] for r in ours})
+    by_key = {(r["variant"], r["scenario"], r["threads"]): r for r in ours}
+
+    def row(head: str, variant: str, base: str | None) -> str | None:
+        cells = []
+        for name, _ in scenarios:
+            at = [by_key[key] for count in threads if (key := (variant, name, count)) in by_key]
+            values = [
+                duration(r["p50_us"]) if base is None else f"{r['ratio'][base]:.2f}"
+                for r in at
+                if base is None or base in r["ratio"]
+            ]
+            cells.append(" / ".join(values) or "-")
+        return None if set(cells) == {"-"} else f"| {head} | " + " | ".join(cells) + " |"
+
+    lines = ["| | " + " | ".join(f"{name}<br>{source}" for name, source in scenarios) + " |"]
+    lines.append("|---|" + "---:|" * len(scenarios))
+    for variant in dict.fromkeys(r["variant"] for r in ours):
+        title = TITLES.get(variant, variant)
+        rows = [row(f"**{title}**, time", variant, None)]
+        rows += [row(f"{title} / {label}", variant, base) for base, label in README_ROWS]
+        lines += [line for line in rows if line is not None]
+    counts = " / ".join(str(count) for count in threads)
+    return (
+        f"Measured on {machine(ours)}; float32, forward and backward with argument checks, {counts} thread(s).\n"
+        'A row "LOSS / FORM" is the time of ltkernels over that of the form, the median of the ratios of all rounds: '
+        "below 1 ltkernels is faster.\n\n" + "\n".join(lines) + "\n\n"
+        f"Measured by `{command}`, written here by `python benchmarks/readme_table.py`.\n"
+    )

@@ -1,0 +1,97 @@
+"""The figures this project sets itself, and whether a set of records reaches them. For reading, never a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ltkernels.bench import peers
+
+Record = Mapping[str, Any]
+
+MEDIUM = 250_000  # logits
+LARGE = 3_000_000
+
+# (loss, form it is compared with) -> the most its time may be of the other's, for batches of at least MEDIUM and
+# of at least LARGE logits.
+RATIO_LIMITS: dict[tuple[str, str], tuple[float, float]] = {
+    ("la_weight", peers.EAGER): (0.50, 0.35),
+    ("la_weight", peers.COMPILE): (0.50, 0.40),
+    ("ce", peers.EAGER): (0.75, 0.60),
+    ("ldam", peers.PUBLISHED): (0.15, 0.10),
+    ("ldam", peers.EAGER): (0.40, 0.30),
+}
+SMALL_BATCH = "128x100"
+SMALL_LIMITS = {("ce", peers.EAGER): 1.4, ("la_weight", peers.EAGER): 1.2, ("ldam", peers.PUBLISHED): 0.5}
+COPY_BATCH = "512x8142"
+COPY_LIMITS = {1: 1.6, 2: 2.0}  # by threads
+MAX_GRAD_ERROR = 1e-6  # float32, relative L2
+MAX_ROUNDING_FACTOR = 1.1  # half types: error over that of rounding the exact gradient
+BYTES_PER_ROW_OR_CLASS = 64  # what O(N + C) beyond logits and gradient is allowed to mean
+FIXED_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Line:
+    """One judged figure. ``limit`` is ``None`` where the figure is reported only."""
+
+    what: str
+    scenario: str
+    threads: int
+    found: float
+    limit: float | None
+
+    @property
+    def verdict(self) -> str:
+        if self.limit is None:
+            return "reported"
+        return "reached" if self.found <= self.limit else "NOT REACHED"
+
+
+def judge(records: Sequence[Record]) -> list[Line]:
+    """Every target that the records speak about.
+
+    Args:
+        records: of one or more runs of the benchmark; only ltkernels' own float32 and half records with mode
+            ``fwd_bwd`` are judged.
+
+    Returns:
+        Lines in the order of the records.
+    """
+    lines: list[Line] = []
+    for record in records:
+        if record["peer"] == peers.OURS and record["mode"] == "fwd_bwd":
+            lines += _speed(record) if record["dtype"] == "float32" else ()
+            lines += _memory_and_error(record)
+    return lines
+
+
+def _speed(record: Record) -> Iterator[Line]:
+    variant, scenario, threads, ratio = record["variant"], record["scenario"], record["threads"], record["ratio"]
+    logits = record["N"] * record["C"]
+    for (loss, base), (medium, large) in RATIO_LIMITS.items():
+        if loss == variant and base in ratio:
+            limit = large if logits >= LARGE else medium if logits >= MEDIUM else None
+            if scenario == SMALL_BATCH:
+                limit = SMALL_LIMITS.get((loss, base))
+            yield Line(f"{variant}: time of {base}", scenario, threads, ratio[base], limit)
+    if scenario == SMALL_BATCH:
+        yield Line(f"{variant}: time of {peers.EMPTY} (floor)", scenario, threads, ratio[peers.EMPTY], None)
+    if scenario == COPY_BATCH:
+        what = f"{variant}: time of {peers.CLONE}, {record['memory']} memory"
+        yield Line(what, scenario, threads, ratio[peers.CLONE], COPY_LIMITS.get(threads))
+
+
+def _memory_and_error(record: Record) -> Iterator[Line]:
+    variant, scenario, threads, dtype = record["variant"], record["scenario"], record["threads"], record["dtype"]
+    itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
+    beyond = max(0, record["peak_bytes"] - record["N"] * record["C"] * itemsize)
+    allowed = BYTES_PER_ROW_OR_CLASS * (record["N"] + record["C"]) + FIXED_BYTES
+    yield Line(f"{variant}: peak bytes beyond logits and gradient, {dtype}", scenario, threads, beyond, allowed)
+    if dtype == "float32":
+        found, limit = record["rel_err_grad"], MAX_GRAD_ERROR
+        yield Line(f"{variant}: gradient error, {dtype}", scenario, threads, found, limit)
+    elif dtype != "float64":
+        found = record["rel_err_grad"] / record["rounding_grad"]
+        yield Line(f"{variant}: gradient error over rounding, {dtype}", scenario, threads, found, MAX_ROUNDING_FACTOR)
