@@ -1,0 +1,123 @@
+"""The methods that the demo compares: a loss of ltkernels, and the same loss in plain PyTorch as published code
+writes it.
+
+The plain forms are written from the formulas. They are what a training script holds without ltkernels, so their time
+is what the kernels are compared with; every run checks on its own logits that both give the same loss and gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from longtail_plan import Settings
+from torch import Tensor, nn
+
+import ltkernels as ltk
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+MAX_M, S = 0.5, 30.0  # LDAM (Cao et al. 2019)
+DRW_START = 0.8  # share of the epochs before its weights start: 160 of 200
+BETA = 0.9999  # effective number (Cui et al. 2019), also LDAM-DRW's
+TAU = 1.0  # logit adjustment (Menon et al. 2021)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        build: from class counts ``(C,)`` and the settings of the run to the loss of ltkernels.
+        plain: from class counts and that loss, whose settings it shares, to the same loss in plain PyTorch.
+        cosine: whether the head is a cosine head.
+    """
+
+    build: Callable[[Tensor, Settings], nn.Module]
+    plain: Callable[[Tensor, Any], Loss]
+    cosine: bool = False
+
+
+def _plain_ce(counts: Tensor, loss: Any) -> Loss:
+    return F.cross_entropy
+
+
+def _plain_weighted(counts: Tensor, loss: Any) -> Loss:
+    return lambda logits, labels: F.cross_entropy(logits, labels, weight=loss.weight)
+
+
+def _plain_class_balanced(counts: Tensor, loss: Any) -> Loss:
+    # Published as the mean over the rows, not over the weights: F.cross_entropy's own mean is another loss.
+    return lambda logits, labels: (loss.weight[labels] * F.cross_entropy(logits, labels, reduction="none")).mean()
+
+
+def _plain_logit_adjustment(counts: Tensor, loss: Any) -> Loss:
+    log_prior = (TAU * (counts.double() / counts.sum()).log()).float()
+    return lambda logits, labels: F.cross_entropy(logits + log_prior, labels)
+
+
+def _plain_ldam(counts: Tensor, loss: Any) -> Loss:
+    margins = counts.double().pow(-0.25)
+    margins = (MAX_M * margins / margins.max()).float()
+
+    def ldam(cosines: Tensor, labels: Tensor) -> Tensor:
+        is_label = torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, labels[:, None], True)
+        row_margins = torch.matmul(margins[None], is_label.float().t()).view(-1, 1)
+        return F.cross_entropy(S * torch.where(is_label, cosines - row_margins, cosines), labels, weight=loss.weight())
+
+    return ldam
+
+
+def _plain_vs(counts: Tensor, loss: Any) -> Loss:
+    divisor = (counts.max() / counts.double()).pow(loss.gamma).float()
+    log_prior = (TAU * (counts.double() / counts.sum()).log()).float()
+    return lambda logits, labels: F.cross_entropy(logits / divisor + log_prior, labels)
+
+
+METHODS = {
+    "ce": Method(lambda counts, settings: ltk.losses.CrossEntropyLoss(), _plain_ce),
+    "weighted": Method(
+        lambda counts, settings: ltk.losses.CrossEntropyLoss(weight=ltk.rebalance.inverse_frequency_weight(counts)),
+        _plain_weighted,
+    ),
+    "cb": Method(lambda counts, settings: ltk.losses.ClassBalancedLoss(counts, beta=BETA), _plain_class_balanced),
+    "la": Method(lambda counts, settings: ltk.losses.LogitAdjustedLoss(counts, tau=TAU), _plain_logit_adjustment),
+    "ldam-drw": Method(
+        lambda counts, settings: ltk.losses.LDAMLoss(
+            counts, max_m=MAX_M, s=S, reweight_epoch=round(DRW_START * settings.epochs), beta=BETA
+        ),
+        _plain_ldam,
+        cosine=True,
+    ),
+    "vs": Method(lambda counts, settings: ltk.losses.VSLoss(counts, gamma=settings.vs_gamma, tau=TAU), _plain_vs),
+}
+"""What is trained. Post-hoc logit adjustment is not: it is the model of ``ce``, its logits adjusted at evaluation."""
+
+
+def evaluations(method: str, logits: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """The logits to predict from, by name of the method that they are the result of."""
+    # Biases, scales and margins belong to training: the raw logits are what is predicted from.
+    results = {method: logits}
+    if method == "ce":
+        results["la-posthoc"] = ltk.rebalance.adjust_logits(logits, counts, tau=TAU)
+    return results
+
+
+def check_agreement(logits: Tensor, labels: Tensor, ours: Loss, plain: Loss) -> None:
+    """Checks that two losses give the same value and gradient for these logits.
+
+    Raises:
+        AssertionError: they do not; the message says by how much.
+    """
+    results = []
+    for loss_fn in (ours, plain):
+        leaf = logits.detach().requires_grad_()
+        loss = loss_fn(leaf, labels)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    (our_loss, our_gradient), (plain_loss, plain_gradient) = results
+    torch.testing.assert_close(our_loss, plain_loss, rtol=1e-4, atol=1e-6)
+    scale = plain_gradient.abs().max().item()
+    torch.testing.assert_close(our_gradient, plain_gradient, rtol=1e-4, atol=1e-4 * scale)
