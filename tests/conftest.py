@@ -1,0 +1,44 @@
+"""What every test shares: one thread unless a test asks for more, a seed, reproducible hypothesis examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomised: the examples follow from the test's code alone, so a red run is red again for whoever looks at it.
+# Deadlines are off because shared machines stall. `HYPOTHESIS_PROFILE=explore` draws new examples, and more of them.
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=50, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> Iterator[None]:
+    """Small tensors run fastest on one thread; a test about threads uses the `threads` fixture."""
+    torch.set_num_threads(1)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed also queues a call for a GPU, up to 2 ms
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def threads() -> Callable[[int], AbstractContextManager[None]]:
+    """`with threads(2): ...` runs the block on two threads."""
+
+    @contextmanager
+    def use(count: int) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return use

@@ -1,0 +1,51 @@
+"""What the tests of the losses share: every loss, a batch, and how values and gradients are compared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltkernels import losses
+
+COUNTS = [int(500 * 0.01 ** (c / 99)) for c in range(100)]  # CIFAR-100-LT
+N, C = 48, len(COUNTS)
+WEIGHT = torch.linspace(0.2, 3.0, C, dtype=torch.float64)
+
+COUNTED = {  # every loss that takes class counts, and each of its forms
+    "LogitAdjustedLoss": lambda n, **k: losses.LogitAdjustedLoss(n, **k),
+    "LogitAdjustedLoss(tau=1.5)": lambda n, **k: losses.LogitAdjustedLoss(n, tau=1.5, **k),
+    "BalancedSoftmaxLoss": lambda n, **k: losses.BalancedSoftmaxLoss(n, **k),
+    "VSLoss": lambda n, **k: losses.VSLoss(n, **k),
+    "VSLoss(tau=0)": lambda n, **k: losses.VSLoss(n, tau=0.0, **k),
+    "LDAMLoss": lambda n, **k: losses.LDAMLoss(n, **k),
+    "LDAMLoss(logits_scaled)": lambda n, **k: losses.LDAMLoss(n, logits_scaled=True, **k),
+    "LDAMLoss(reweight_epoch=0)": lambda n, **k: losses.LDAMLoss(n, reweight_epoch=0, **k),
+    "ClassBalancedLoss": lambda n, **k: losses.ClassBalancedLoss(n, **k),
+    "ClassBalancedLoss(gamma=1)": lambda n, **k: losses.ClassBalancedLoss(n, gamma=1.0, **k),
+}
+EVERY = COUNTED | {
+    "CrossEntropyLoss": lambda n, **k: losses.CrossEntropyLoss(**k),
+    "CosFaceLoss": lambda n, **k: losses.CosFaceLoss(**k),
+    "FocalLoss": lambda n, **k: losses.FocalLoss(**k),
+}
+every_counted = pytest.mark.parametrize("make", COUNTED.values(), ids=COUNTED.keys())
+every_loss = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())
+
+
+def batch(dtype: torch.dtype = torch.float64, num_classes: int = C) -> tuple[Tensor, Tensor]:
+    """Cosine-like logits, and labels."""
+    return (torch.rand(N, num_classes, dtype=dtype) * 2 - 1).requires_grad_(), torch.randint(num_classes, (N,))
+
+
+def value_and_gradient(loss: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return loss.detach(), torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+
+def assert_same(actual: Tensor, expected: Tensor, logits: Tensor, rtol: float = 1e-6) -> None:
+    """Values and gradients agree; 1e-6 is the rounding of float32 tables, which float64 logits do not remove."""
+    value, gradient = value_and_gradient(actual, logits)
+    expected_value, expected_gradient = value_and_gradient(expected, logits)
+    torch.testing.assert_close(value.double(), expected_value.double(), rtol=rtol, atol=0)
+    assert (gradient - expected_gradient).norm() <= rtol * 3 * expected_gradient.norm()
+    assert expected_gradient.norm() > 0

@@ -1,0 +1,177 @@
+"""The build: setup.py's driver on small sources in the layout of csrc, then the operator library that it made."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def driver() -> ModuleType:
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("ltkernels_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+TOY = {
+    # Not inlined, so that every object has a copy and the linker chooses one.
+    "csrc/common/twice.h": "#pragma once\n"
+    "__attribute__((noinline)) inline void twice(float* x) { for (int i = 0; i < 64; ++i) x[i] *= 2; }\n",
+    "csrc/cpu/kernels_toy.cpp": '#include "common/twice.h"\n'
+    "namespace ltk::LTK_ISA { void run(float* x) { for (int i = 0; i < 64; ++i) x[i] += 1; twice(x); } }\n",
+    "csrc/cpu/toy.cpp": "namespace ltk::portable { void run(float*); }\n"
+    'extern "C" __attribute__((visibility("default"))) void toy(float* x) { ltk::portable::run(x); }\n',
+    "csrc/bindings/cpu_toy.cpp": "#ifndef TORCH_TARGET_VERSION\n#error which torch?\n#endif\n",
+}
+
+
+@pytest.fixture
+def toy(tmp_path: Path, driver: ModuleType) -> Path:
+    if driver.compiler() is None:
+        pytest.skip("no C++ compiler here")
+    for name, text in TOY.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def make(driver: ModuleType, root: Path, capfd: pytest.CaptureFixture[str], *flags: str) -> list[str]:
+    """Builds the toy library; the objects that were compiled for it."""
+    units = driver.op_library_units(root, root / "torch")
+    driver.build(units, root / "toy.so", flags, driver.compiler(), root)
+    return re.findall(r"-> build/cpu/(\S+)\.o", capfd.readouterr().out)
+
+
+def test_kernels_are_compiled_once_per_instruction_set_portable_first(driver: ModuleType, toy: Path) -> None:
+    objects = [unit.object for unit in driver.op_library_units(toy, toy / "torch")]
+    kernels = [f"build/cpu/{isa}/cpu_kernels_toy.o" for isa in driver.ISA_FLAGS]
+    assert objects == ["build/cpu/baseline/bindings_cpu_toy.o", "build/cpu/baseline/cpu_toy.o", *kernels]
+    assert next(iter(driver.ISA_FLAGS)) == "portable"
+
+
+def test_rebuild_compiles_what_changed_and_no_more(
+    driver: ModuleType, toy: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = [f"{isa}/cpu_kernels_toy" for isa in driver.ISA_FLAGS]
+    monkeypatch.setenv("MAX_JOBS", "1")  # in order
+    assert make(driver, toy, capfd) == ["baseline/bindings_cpu_toy", "baseline/cpu_toy", *kernels]
+    assert make(driver, toy, capfd) == []
+
+    values = (ctypes.c_float * 64)(1.5)
+    ctypes.CDLL(str(toy / "toy.so")).toy(values)
+    assert values[:2] == [5.0, 2.0]  # (x + 1) * 2
+
+    time.sleep(0.01)
+    header = toy / "csrc/common/twice.h"
+    header.write_text(header.read_text().replace("*= 2", "*= 3"))
+    assert make(driver, toy, capfd) == kernels
+
+    monkeypatch.setattr(driver, "CXX_FLAGS", [*driver.CXX_FLAGS, "-DOTHER"])  # a flag
+    assert len(make(driver, toy, capfd)) == 2 + len(kernels)
+
+    (toy / "build/cpu/baseline/cpu_toy.cmd").unlink()  # as after a build that was killed
+    assert make(driver, toy, capfd) == ["baseline/cpu_toy"]
+
+
+def test_failed_build_raises_and_leaves_the_library_alone(
+    driver: ModuleType, toy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make(driver, toy, capfd)
+    before = (toy / "toy.so").read_bytes()
+    time.sleep(0.01)
+    source = toy / "csrc/cpu/toy.cpp"
+    source.write_text("int broken(")
+    for _ in range(2):  # the old object must not pass for the new one the second time
+        with pytest.raises(driver.CompileError, match=r"csrc/cpu/toy\.cpp"):
+            make(driver, toy, capfd)
+    source.write_text(
+        'namespace portable { float run(int*); }\nextern "C" float toy() { return portable::run(nullptr); }\n'
+    )
+    with pytest.raises(driver.LinkError):
+        make(driver, toy, capfd, "-Wl,--no-undefined")
+    assert (toy / "toy.so").read_bytes() == before
+
+
+def test_missing_compiler_is_named(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    assert set(driver.obstacles().values()) == {"no C++ compiler found (looked for no-such-compiler -O1)"}
+
+
+@pytest.mark.parametrize(("found", "accepted"), [("2.9.1", False), ("2.10.0+cu130", True), ("3.0.0a0", True)])
+def test_old_torch_is_named(driver: ModuleType, monkeypatch: pytest.MonkeyPatch, found: str, accepted: bool) -> None:
+    monkeypatch.setattr(driver, "version", lambda name: found)
+    monkeypatch.setattr(driver, "compiler", lambda: ["c++"])
+    reason = driver.obstacles().get(driver.OP_LIBRARY)
+    assert reason == (None if accepted else f"torch >= 2.10 needed, found {found}")
+
+
+@pytest.fixture(scope="module")
+def library(driver: ModuleType) -> Path:
+    if reason := driver.obstacles().get(driver.OP_LIBRARY):
+        pytest.skip(reason)
+    path = ROOT / "ltkernels/lib/libltkernels_cpu.so"
+    assert path.exists(), "not built: run python setup.py build_ext --inplace"
+    return path
+
+
+def tool(*command: str | Path) -> str:
+    return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
+
+
+def test_library_asks_torch_only_for_its_stable_c_interface(library: Path) -> None:
+    undefined = [line.split() for line in tool("nm", "-D", "--undefined-only", library).splitlines()]
+    strong = [name for kind, name in undefined if kind == "U"]
+    from_torch = [name for name in strong if "@" not in name]  # libc's and libstdc++'s names carry a version
+    assert from_torch, "a library that asks torch for nothing registers nothing"
+    assert [name for name in from_torch if not name.startswith(("aoti_torch_", "torch_"))] == []
+    assert [name for name in strong if re.match(r"_ZN?K?(2at|3c10|5torch)", name)] == []
+
+
+def test_library_finds_torch_where_it_is_loaded(library: Path) -> None:
+    dynamic = tool("readelf", "-d", library)
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    needed = re.findall(r"NEEDED.*\[(.+?)\]", dynamic)
+    assert [name for name in needed if "torch" in name or "c10" in name] == ["libtorch_cpu.so"]
+
+
+def strays(library: Path) -> set[str]:
+    """Functions with AVX instructions outside the namespace of an instruction set that has them."""
+    found, function = set(), ""
+    for line in tool("objdump", "-d", "--no-show-raw-insn", library).splitlines():
+        if line.endswith(">:"):
+            function = line.split("<")[1][:-2]
+        elif "%zmm" in line and "6avx512" not in function:
+            found.add(function)
+        elif re.search(r":\s+v(?!er[rw])", line) and "6avx512" not in function and "4avx2" not in function:
+            found.add(function)
+    return found
+
+
+def test_wide_instructions_stay_in_their_namespaces(library: Path, driver: ModuleType) -> None:
+    """An inline function that the linker took from an AVX-512 object would stop an older CPU whatever is dispatched."""
+    assert strays(library) == set()
+    assert ("%zmm" in tool("objdump", "-d", library)) == ("avx512" in driver.ISA_FLAGS)
+
+
+def test_link_order_decides_which_inline_function_survives(driver: ModuleType, toy: Path) -> None:
+    """Shows that the order matters, and that the test above sees it."""
+    if "avx512" not in driver.ISA_FLAGS:
+        pytest.skip("one instruction set on this machine")
+    units = driver.op_library_units(toy, toy / "torch")
+    for order, expected in ((units, set()), (units[::-1], {"_Z5twicePf"})):
+        driver.build(order, toy / "toy.so", [], driver.compiler(), toy)
+        assert strays(toy / "toy.so") == expected
