@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from . import backends, bench, functional, losses, rebalance
     from .backends import available_backends, explain, use_backend
     from .heads import CosineLinear
+    from .ops.gpu import check
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "available_backends",
     "backends",
     "bench",
+    "check",
     "explain",
     "functional",
     "losses",
@@ -34,7 +36,13 @@ __all__ = [
 ]
 
 _MODULES = ("backends", "bench", "functional", "losses", "rebalance")
-_OWNERS = {"CosineLinear": "heads", "available_backends": "backends", "explain": "backends", "use_backend": "backends"}
+_OWNERS = {
+    "CosineLinear": "heads",
+    "available_backends": "backends",
+    "check": "ops.gpu",
+    "explain": "backends",
+    "use_backend": "backends",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ backend.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -90,17 +91,21 @@ def class_vector(name: str, value: Tensor | float, logits: Tensor, scalar: bool 
     ):
         return value
     if scalar and isinstance(value, Real) and not isinstance(value, bool):
-        return torch.full((1,), float(value), dtype=dtype, device=logits.device)
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected finite values, found {float(value):g} at index 0")
+        # Kernels on a GPU read it on the host: a tensor there would be one more launch in every call.
+        device = logits.device if torch.compiler.is_compiling() else "cpu"
+        return torch.full((1,), float(value), dtype=dtype, device=device)
     if scalar and not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or a number, found {type(value).__name__}")
     value = tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating type, found {value.dtype}")
     if scalar and value.dim() == 0:
-        value = value.unsqueeze(0)
+        value = value.unsqueeze(0) if value.is_cpu else value.expand(num_classes)
     elif value.shape != (num_classes,):
         raise ValueError(f"{name}: expected shape ({num_classes},), one value a class, found {tuple(value.shape)}")
-    if value.device != logits.device:
+    if value.device != logits.device and not (scalar and value.is_cpu and value.shape == (1,)):
         raise ValueError(f"{name}: expected device {logits.device} as input's, found {value.device}")
     if value.dtype is not dtype:
         value = value.to(dtype)

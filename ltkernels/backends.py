@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -25,14 +26,15 @@ CPU_INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 """Names of the instruction sets the C++ library is built for, fastest first; ``LTK_CPU_ISA`` forces one."""
 
 _LIBRARY = Path(__file__).parent / "lib" / "libltkernels_cpu.so"
+_CUDA_LIBRARY = Path(__file__).parent / "lib" / "libltkernels_cuda.so"
 
 
 @cache
 def status() -> dict[str, str | None]:
     """Every backend's name, with ``None`` where this process can use it and otherwise the reason why it cannot."""
     return {
-        "cuda": "not part of this version",
-        "triton": "not part of this version",
+        "cuda": _load_cuda_library(),
+        "triton": _find_triton(),
         "cpu": _load_cpu_library(),
         "reference": None,
     }
@@ -48,6 +50,46 @@ def _load_cpu_library() -> str | None:
     if forced := os.environ.get("LTK_CPU_ISA"):
         cpu_instruction_set(forced)
     return None
+
+
+def emulated(backend: str) -> bool:
+    """Whether this process runs a GPU backend's kernels on the CPU, as tests do: for CPU tensors, and only when asked.
+
+    ``TRITON_INTERPRET=1`` lets Triton interpret its kernels; ``LTK_EMULATED_CUDA`` is the path of a library in which
+    the CUDA kernels are compiled for the CPU (setup.py: build_emulated).
+    """
+    if backend == "triton":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return backend == "cuda" and bool(os.environ.get("LTK_EMULATED_CUDA"))
+
+
+def _no_gpu() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"compute capability 8.0 or later needed, found {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+    return None
+
+
+def _load_cuda_library() -> str | None:
+    library = Path(os.environ.get("LTK_EMULATED_CUDA") or _CUDA_LIBRARY)
+    if not emulated("cuda") and (reason := _no_gpu()):
+        return reason
+    if not library.exists():
+        return f"{library.name} was not built: ltkernels was installed without nvcc"
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        return f"{library.name} could not be loaded: {str(error).splitlines()[0]}"
+    return None
+
+
+def _find_triton() -> str | None:
+    if not emulated("triton") and (reason := _no_gpu()):
+        return reason
+    return "triton is not installed" if find_spec("triton") is None else None
 
 
 def cpu_instruction_set(name: str | None = None) -> str:
@@ -91,7 +133,11 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     """
     kind = torch.device(device).type
     serves = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "reference": kind}
-    return tuple(name for name in BACKENDS if serves[name] == kind and status()[name] is None)
+    return tuple(
+        name
+        for name in BACKENDS
+        if (serves[name] == kind or (kind == "cpu" and emulated(name))) and status()[name] is None
+    )
 
 
 class use_backend:  # noqa: N801 (called like a function, used like torch.no_grad)
@@ -154,7 +200,7 @@ class Implementation:
 
     def reason_against(self, device: torch.device, call: tuple[Any, ...]) -> str | None:
         """``None`` if this implementation can serve ``call``, otherwise why not."""
-        if self.device is not None and device.type != self.device:
+        if self.device not in (None, device.type) and not (device.type == "cpu" and emulated(self.backend)):
             return f"runs on {self.device}, the tensors are on {device.type}"
         return status()[self.backend] or self.refuses(*call)
 

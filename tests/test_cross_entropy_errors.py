@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cross_entropy_cases import INTEGERS, Form, cross_entropy, each_form
+from cross_entropy_cases import INTEGERS, Form, cross_entropy, each_checking_form
 from torch import Tensor
 
 nan, inf = float("nan"), float("inf")
@@ -410,7 +410,7 @@ WRONG = [
 TENSORS = ("input", "target", "weight", "class_scale", "class_bias", "class_margin", "sample_weight")
 
 
-@each_form
+@each_checking_form
 @pytest.mark.parametrize("case", WRONG, ids=[case.name for case in WRONG])
 def test_a_wrong_call(case: Wrong, form: Form) -> None:
     call = _call(**case.changes)
@@ -438,7 +438,7 @@ def test_the_table_is_about_what_it_says() -> None:
         assert case.argument in case.changes or case.name in ("input elsewhere", "label of an absent class"), case.name
 
 
-@each_form
+@each_checking_form
 @pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
 def test_labels_out_of_range_of_every_integer_type(dtype: torch.dtype, form: Form) -> None:
     """One past the end, the type's largest number and, where it has a sign, -1 and the smallest."""
@@ -451,7 +451,7 @@ def test_labels_out_of_range_of_every_integer_type(dtype: torch.dtype, form: For
             cross_entropy(_call()["input"], target)
 
 
-@each_form
+@each_checking_form
 @pytest.mark.parametrize("rows", [1, 300])
 def test_errors_are_found_in_any_row_and_on_any_thread(rows: int, form: Form) -> None:
     """The first bad row is the one that is named."""
@@ -468,7 +468,7 @@ def test_errors_are_found_in_any_row_and_on_any_thread(rows: int, form: Form) ->
             cross_entropy(x, t)
 
 
-@each_form
+@each_checking_form
 def test_numbers_of_every_kind_are_numbers(form: Form) -> None:
     """What is not an error: NumPy's scalars, fractions, integers."""
     from fractions import Fraction

@@ -16,6 +16,7 @@ from cross_entropy_cases import (
     Case,
     Form,
     cross_entropy,
+    each_checking_form,
     evaluate,
     labels,
     positive,
@@ -239,7 +240,6 @@ BIT_ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     },
     "probabilities": lambda c: {"weight": positive(c), "z_loss": 0.01},
 }
-each_cpu_form = pytest.mark.parametrize("form", [form for form in FORMS if form.device == "cpu"], ids=str)
 # PyTorch's own reductions, of which the reference is made, promise none of this.
 each_kernel = pytest.mark.parametrize("form", [form for form in FORMS if form.backend == "cpu"], ids=str)
 each_argument = pytest.mark.parametrize("name", BIT_ARGUMENTS)
@@ -324,7 +324,7 @@ def test_reductions_have_the_same_row_gradients(name: str, dtype: torch.dtype, f
     assert total.loss == torch.tensor(sum(rows.loss.double().tolist()), dtype=total.loss.dtype)
 
 
-@each_cpu_form
+@each_checking_form
 def test_no_call_changes_the_floating_point_environment(form: Form) -> None:
     """The kernels flush subnormal numbers while they run; the caller's arithmetic must not."""
     smallest = torch.tensor([1e-40])

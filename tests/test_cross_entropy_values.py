@@ -355,6 +355,8 @@ def test_inplace_has_the_same_gradient(dtype: torch.dtype, layout: str, form: Fo
             grads.append(torch.autograd.grad(loss, weight)[0])
     assert torch.equal(*grads)
     case = Case(weight.detach(), y, {"ignore_index": 4, "reduction": "sum"})
+    if form.backend == "cuda":  # which sums a row in an order that depends on where its memory is aligned
+        case.layout = layout
     assert torch.equal(grads[1], evaluate(case, form).gradients["input"])
 
 

@@ -2,108 +2,23 @@
 // tensors become pointers and layouts, parameters are prepared once a call (O(N + C)), bad values are refused, and rows
 // are spread over threads. What is refused is only named here: ltkernels/ops/cross_entropy.py then looks for the value
 // and raises in the words that all backends share.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
-#include <stdexcept>
-#include <string>
 #include <tuple>
-#include <vector>
 
+#include "bindings/cross_entropy_arguments.h"
 #include "cpu/cross_entropy.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("ltkernels: " + what); }
-
-ltk::ElementType element_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return ltk::ElementType::f64;
-    case ScalarType::Float:
-      return ltk::ElementType::f32;
-    case ScalarType::BFloat16:
-      return ltk::ElementType::bf16;
-    case ScalarType::Half:
-      return ltk::ElementType::f16;
-    case ScalarType::Long:
-      return ltk::ElementType::i64;
-    case ScalarType::Int:
-      return ltk::ElementType::i32;
-    case ScalarType::Short:
-      return ltk::ElementType::i16;
-    case ScalarType::Char:
-      return ltk::ElementType::i8;
-    case ScalarType::UInt64:
-      return ltk::ElementType::u64;
-    case ScalarType::UInt32:
-      return ltk::ElementType::u32;
-    case ScalarType::UInt16:
-      return ltk::ElementType::u16;
-    case ScalarType::Byte:
-      return ltk::ElementType::u8;
-    default:
-      fail("unsupported element type");
-  }
-}
-
-ltk::Layout layout(const Tensor& tensor) {
-  const bool flat = tensor.dim() == 2;
-  return {flat ? 1 : tensor.size(2), tensor.stride(0), tensor.stride(1), flat ? 0 : tensor.stride(2)};
-}
-
-// Straight through the C shim: an allocation by torch::stable::empty goes through the dispatcher and costs 1 us more.
-Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// As at::empty_like: dense memory in the same order of dimensions.
-Tensor dense_like(const Tensor& tensor) {
-  if (tensor.dim() == 2 && tensor.is_contiguous())
-    return allocate({tensor.size(0), tensor.size(1)}, {tensor.size(1), 1}, tensor.scalar_type());
-  return torch::stable::empty_like(tensor);
-}
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  return std::equal(x.begin(), x.end(), y.begin(), y.end());
-}
-
-template <class T>
-const T* data(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
-template <class T>
-constexpr ScalarType type_of() {
-  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-}
-
-// The arguments that forward and backward share, in the order of the schema.
-struct Arguments {
-  const Tensor& input;
-  const Tensor& target;
-  const OptionalTensor &weight, &class_scale, &class_bias, &class_margin, &sample_weight;
-  int64_t ignore_index;
-  double label_smoothing, scale, focal_gamma;
-  bool focal_weighted, focal_detached;
-  double z_loss;
-};
+using namespace ltk::bindings;
 
 enum Reduction : int64_t { none, sum, mean_weight, mean_count };  // ltkernels/ops/options.py
+
+Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type) {
+  return ltk::bindings::allocate(sizes, strides, type, {aoti_torch_device_type_cpu(), 0});
+}
 
 template <class T>
 void check_finite(const char* name, const T* values, int64_t count, T low) {
@@ -119,9 +34,7 @@ struct Prepared {
   std::vector<T> scale, bias, smooth;
 
   explicit Prepared(const Arguments& a) {
-    // Python has checked all this for the functional; a direct call of the op has not.
-    if ((a.input.dim() != 2 && a.input.dim() != 3) || a.input.size(1) == 0 || !ltk::is_floating(element_type(a.input)))
-      fail("expected floating logits (N, C) or (N, C, D) with C >= 1");
+    check_sizes<T>(a);
     constexpr T lowest = std::numeric_limits<T>::lowest();
     const int64_t classes = call.classes = a.input.size(1);
     call.rows = a.input.numel() / classes;
@@ -130,7 +43,6 @@ struct Prepared {
     call.input_layout = layout(a.input);
     call.target = a.target.const_data_ptr();
     call.target_type = element_type(a.target);
-    check_sizes(a);
     if (ltk::is_floating(call.target_type)) call.target_layout = layout(a.target);
     call.ignore_index = a.ignore_index;
     const T s = call.uniform_scale = T(a.scale);
@@ -179,19 +91,6 @@ struct Prepared {
       o.smoothing_total = T(total);
       call.smooth = smooth.data();
     }
-  }
-
-  // What Python checked at the forward may be other memory by the time of the backward.
-  void check_sizes(const Arguments& a) const {
-    const auto fits = [](const OptionalTensor& parameter, int64_t count) {
-      return !parameter ||
-             (parameter->numel() == count && parameter->scalar_type() == type_of<T>() && parameter->is_contiguous());
-    };
-    const bool good =
-        fits(a.weight, call.classes) && fits(a.class_scale, call.classes) && fits(a.class_bias, call.classes) &&
-        (fits(a.class_margin, call.classes) || fits(a.class_margin, 1)) && fits(a.sample_weight, call.rows) &&
-        (ltk::is_floating(call.target_type) ? same_shape(a.target, a.input) : a.target.numel() == call.rows);
-    if (!good) fail("a target or parameter has another size or type than the logits ask for");
   }
 
   // Refuses labels that are out of range; returns the denominator of the two means.
@@ -360,11 +259,6 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_backward(
 int64_t select_isa(int64_t wanted) { return ltk::select_instruction_set(int(wanted)); }
 
 }  // namespace
-
-#define LTK_CROSS_ENTROPY_ARGUMENTS                                                                                 \
-  "Tensor input, Tensor target, Tensor? weight, Tensor? class_scale, Tensor? class_bias, Tensor? class_margin, "    \
-  "Tensor? sample_weight, int ignore_index, int reduction, float label_smoothing, float scale, float focal_gamma, " \
-  "bool focal_weighted, bool focal_detached, float z_loss, bool empty_zero"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ltkernels_cpu, m) {
   m.def("cross_entropy_forward(" LTK_CROSS_ENTROPY_ARGUMENTS ", bool with_gradient) -> (Tensor, Tensor, Tensor)");

@@ -7,23 +7,16 @@
 // the gradient
 //   dl/du_j = P p_j - A (1 - eps) w_j t_j - B t_j - A (eps / K) ws_j,      P = A Q + B T + 2 z lse,
 // where T = sum t, Q = sum w q, ws = w on the K classes that smoothing reaches, and
-//   raw focal factor       F = (1 - e^-nll)^gamma:   A = F,                        B = ce * gamma (1 -
-//   e^-nll)^(gamma-1) e^-nll weighted focal factor  F = (1 - e^-ce)^gamma:    A = F + ce * gamma (1 - e^-ce)^(gamma-1)
-//   e^-ce,      B = 0 detached               A = F, B = 0.
-// Everything beside p_j and w_j is one number a row, so the backward is one sweep: dl/du_j = P e^(u_j - m) / sum -
-// (...).
+//   raw focal factor F = (1 - e^-nll)^gamma:     A = F,  B = ce * gamma (1 - e^-nll)^(gamma-1) e^-nll
+//   weighted focal factor F = (1 - e^-ce)^gamma: A = F + ce * gamma (1 - e^-ce)^(gamma-1) e^-ce,  B = 0
+//   detached:                                    A = F,  B = 0.
+// Everything beside p_j and w_j is one number a row, so the backward is one sweep over the columns.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-// Internal linkage: the CPU kernels are compiled once per instruction set, and a merged copy of an inline function
-// might use instructions that the processor does not have.
-#if defined(__CUDACC__)
-  #define LTK_HOST_DEVICE static __host__ __device__ inline
-#else
-  #define LTK_HOST_DEVICE static inline
-#endif
+#include "common/host_device.h"
 
 namespace ltk {
 

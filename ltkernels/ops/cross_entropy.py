@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ltkernels import backends
+from ltkernels.ops import gpu
 from ltkernels.ops.options import CrossEntropyOptions, Reduction
 from ltkernels.reference import cross_entropy as reference
 
@@ -74,6 +75,8 @@ def cross_entropy(
             return reference.cross_entropy(*tensors, options)
         loss: Tensor = torch.ops.ltkernels.cross_entropy(*tensors, *options)[0]
         return loss
+    if not input.is_cpu:
+        gpu.check()
     implementation = TABLE.choose(input, tensors)
     if implementation.backend == "reference":
         _check_on_cpu(tensors, options)
@@ -489,9 +492,45 @@ def _say_which_value(error: RuntimeError, *args: Any) -> None:
         reference.check_values(*tensors[1:], args[_INPUT].shape[1], args[_TENSORS])
 
 
+@cache
+def _cuda_ops() -> tuple[Any, Any]:
+    namespace = torch.ops.ltkernels_cuda
+    return namespace.cross_entropy_forward.default._op, namespace.cross_entropy_backward.default._op
+
+
+def _cuda_forward(*args: Any) -> tuple[Tensor, Tensor, None]:
+    device = args[_INPUT].device
+    loss, state = _cuda_ops()[0](*args[:-1], gpu.tickets(device), gpu.error_word(device))
+    return loss, state, None
+
+
+_COLUMNS_A_TICKET = 128  # csrc/cuda/cross_entropy.h: column_threads
+
+
+def _cuda_backward(grad: Tensor, state: Tensor, *args: Any) -> Any:
+    input, (_, need_class_scale, need_class_bias) = args[_INPUT], args[-4:-1]
+    count = -(-input.shape[1] // _COLUMNS_A_TICKET) if need_class_scale or need_class_bias else 1
+    device = input.device
+    return _cuda_ops()[1](grad, state, *args, gpu.tickets(device, count), gpu.error_word(device))
+
+
+def _triton_forward(*args: Any) -> Any:
+    from ltkernels.triton import cross_entropy as kernels
+
+    return kernels.forward(*args)
+
+
+def _triton_backward(*args: Any) -> Any:
+    from ltkernels.triton import cross_entropy as kernels
+
+    return kernels.backward(*args)
+
+
 TABLE = backends.Table(
     "cross_entropy",
     [
+        backends.Implementation("cuda", "cuda", _cuda_forward, _cuda_backward, refuses=_only_reference),
+        backends.Implementation("triton", "cuda", _triton_forward, _triton_backward, refuses=_only_reference),
         backends.Implementation(
             "cpu", "cpu", _cpu_forward, _cpu_backward, refuses=_only_reference, gradient_in_forward=True
         ),

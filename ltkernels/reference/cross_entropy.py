@@ -50,7 +50,7 @@ def cross_entropy(
     row_shape = (*input.shape[:1], *input.shape[2:])
     x = input.movedim(1, -1).reshape(-1, num_classes).to(dtype)
     weight, class_scale, class_bias, class_margin = (
-        None if v is None else v.to(dtype) for v in (weight, class_scale, class_bias, class_margin)
+        None if v is None else v.to(x.device, dtype) for v in (weight, class_scale, class_bias, class_margin)
     )
     row_weight = None if sample_weight is None else sample_weight.reshape(-1).to(dtype)
 

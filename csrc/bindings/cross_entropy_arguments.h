@@ -1,0 +1,143 @@
+// What the bindings of every device share: tensors become pointers and layouts, through the LibTorch stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/rows.h"
+
+namespace ltk::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("ltkernels: " + what); }
+
+inline ElementType element_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return ElementType::f64;
+    case ScalarType::Float:
+      return ElementType::f32;
+    case ScalarType::BFloat16:
+      return ElementType::bf16;
+    case ScalarType::Half:
+      return ElementType::f16;
+    case ScalarType::Long:
+      return ElementType::i64;
+    case ScalarType::Int:
+      return ElementType::i32;
+    case ScalarType::Short:
+      return ElementType::i16;
+    case ScalarType::Char:
+      return ElementType::i8;
+    case ScalarType::UInt64:
+      return ElementType::u64;
+    case ScalarType::UInt32:
+      return ElementType::u32;
+    case ScalarType::UInt16:
+      return ElementType::u16;
+    case ScalarType::Byte:
+      return ElementType::u8;
+    default:
+      fail("unsupported element type");
+  }
+}
+
+// Of an (outer, C) or (outer, C, inner) tensor.
+inline Layout layout(const Tensor& tensor) {
+  const bool flat = tensor.dim() == 2;
+  return {flat ? 1 : tensor.size(2), tensor.stride(0), tensor.stride(1), flat ? 0 : tensor.stride(2)};
+}
+
+// Of one value a row: (outer,) or (outer, inner); the same value for all rows if there is but one.
+inline Layout row_layout(const Tensor& tensor) {
+  if (tensor.dim() == 0) return {1, 0, 0, 0};
+  if (tensor.dim() == 1) return {1, tensor.stride(0), 0, 0};
+  return {tensor.size(1), tensor.stride(0), 0, tensor.stride(1)};
+}
+
+struct Device {
+  int32_t type, index;
+};
+inline Device device_of(const Tensor& tensor) {
+  Device device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  return device;
+}
+
+// Straight through the C shim: an allocation by torch::stable::empty goes through the dispatcher and costs 1 us more.
+inline Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
+                       const Device& device) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device.type, device.index, &handle));
+  return Tensor(handle);
+}
+
+// As at::empty_like: dense memory in the same order of dimensions.
+inline Tensor dense_like(const Tensor& tensor) {
+  if (tensor.dim() == 2 && tensor.is_contiguous())
+    return allocate({tensor.size(0), tensor.size(1)}, {tensor.size(1), 1}, tensor.scalar_type(), device_of(tensor));
+  return torch::stable::empty_like(tensor);
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return std::equal(x.begin(), x.end(), y.begin(), y.end());
+}
+
+template <class T>
+const T* data(const OptionalTensor& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+constexpr ScalarType type_of() {
+  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+}
+
+// The arguments that forward and backward share, in the order of the schema.
+struct Arguments {
+  const Tensor& input;
+  const Tensor& target;
+  const OptionalTensor &weight, &class_scale, &class_bias, &class_margin, &sample_weight;
+  int64_t ignore_index;
+  double label_smoothing, scale, focal_gamma;
+  bool focal_weighted, focal_detached;
+  double z_loss;
+};
+
+// What Python checked at the forward may be other memory by the time of the backward, and a direct call of the op has
+// not been checked at all.
+template <class T>
+void check_sizes(const Arguments& a) {
+  if ((a.input.dim() != 2 && a.input.dim() != 3) || a.input.size(1) == 0 || !is_floating(element_type(a.input)))
+    fail("expected floating logits (N, C) or (N, C, D) with C >= 1");
+  const int64_t classes = a.input.size(1), rows = a.input.numel() / classes;
+  const auto fits = [](const OptionalTensor& parameter, int64_t count) {
+    return !parameter ||
+           (parameter->numel() == count && parameter->scalar_type() == type_of<T>() && parameter->is_contiguous());
+  };
+  const bool good = fits(a.weight, classes) && fits(a.class_scale, classes) && fits(a.class_bias, classes) &&
+                    (fits(a.class_margin, classes) || fits(a.class_margin, 1)) && fits(a.sample_weight, rows) &&
+                    (is_floating(element_type(a.target)) ? same_shape(a.target, a.input) : a.target.numel() == rows);
+  if (!good) fail("a target or parameter has another size or type than the logits ask for");
+}
+
+#define LTK_CROSS_ENTROPY_ARGUMENTS                                                                                 \
+  "Tensor input, Tensor target, Tensor? weight, Tensor? class_scale, Tensor? class_bias, Tensor? class_margin, "    \
+  "Tensor? sample_weight, int ignore_index, int reduction, float label_smoothing, float scale, float focal_gamma, " \
+  "bool focal_weighted, bool focal_detached, float z_loss, bool empty_zero"
+
+}  // namespace ltk::bindings

@@ -1,0 +1,212 @@
+// Registers the CUDA kernels with PyTorch through the LibTorch stable ABI. Nothing here waits for the device: values
+// are not looked at, and what the kernels find wrong with a label they write into a word of pinned memory.
+//
+// With LTK_EMULATE the same kernels run on the CPU and are registered for CPU tensors, for tests.
+#include <cmath>
+#include <tuple>
+
+#include "bindings/cross_entropy_arguments.h"
+#include "cuda/cross_entropy.h"
+
+#if !defined(LTK_EMULATE)
+// Of the stable shim too, but declared only for programs that link CUDA torch.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
+namespace {
+
+using namespace ltk::bindings;
+using ltk::cuda::Call;
+using ltk::cuda::Reduction;
+
+void check(const char* error) {
+  if (error != nullptr) fail(std::string("CUDA: ") + error);
+}
+
+// The device and the stream of a call.
+struct Place {
+  Device device;
+#if defined(LTK_EMULATE)
+  explicit Place(const Tensor& tensor) : device(device_of(tensor)) {}
+  void* stream() const { return nullptr; }
+#else
+  torch::stable::accelerator::DeviceGuard guard;
+  explicit Place(const Tensor& tensor) : device(device_of(tensor)), guard(device.index) {}
+  void* stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
+    return stream;
+  }
+#endif
+};
+
+template <class T>
+Call<T> prepare(const Arguments& a, const Tensor& tickets, const Tensor& error_word) {
+  check_sizes<T>(a);
+  Call<T> call{};
+  call.classes = a.input.size(1);
+  call.rows = a.input.numel() / call.classes;
+  call.input = a.input.const_data_ptr();
+  call.input_layout = layout(a.input);
+  call.target = a.target.const_data_ptr();
+  call.target_type = element_type(a.target);
+  call.target_layout = ltk::is_floating(call.target_type) ? layout(a.target) : row_layout(a.target);
+  call.ignore_index = a.ignore_index;
+  call.uniform_scale = T(a.scale);
+  call.scale = data<T>(a.class_scale);
+  call.bias = data<T>(a.class_bias);
+  call.weight = data<T>(a.weight);
+  call.row_weight = data<T>(a.sample_weight);
+  if (a.class_margin) {
+    const bool on_host = device_of(*a.class_margin).type == aoti_torch_device_type_cpu();
+    if (on_host && a.class_margin->numel() == 1)
+      call.one_margin = *data<T>(a.class_margin);
+    else if (a.class_margin->numel() == call.classes)
+      call.margin = data<T>(a.class_margin);
+    else
+      fail("expected one margin on the CPU or one a class on the device");
+  }
+  call.options = {T(a.label_smoothing), T(a.label_smoothing / double(call.classes)),
+                  T(call.classes),      T(a.focal_gamma),
+                  T(a.z_loss),          a.focal_weighted,
+                  a.focal_detached};
+  if (tickets.numel() < 1 || tickets.scalar_type() != ScalarType::Int || error_word.scalar_type() != ScalarType::Int)
+    fail("expected int32 tickets and error word");
+  call.tickets = static_cast<int*>(tickets.mutable_data_ptr());
+  call.error = static_cast<int*>(error_word.mutable_data_ptr());
+  return call;
+}
+
+template <class E, class T>
+std::tuple<Tensor, Tensor> forward(const Arguments& a, int64_t reduction, bool empty_zero, const Tensor& tickets,
+                                   const Tensor& error_word) {
+  const Place place(a.input);
+  Call<T> call = prepare<T>(a, tickets, error_word);
+  call.reduction = static_cast<Reduction>(reduction);
+  call.empty_zero = empty_zero;
+  const int64_t rows = call.rows;
+  constexpr ScalarType type = type_of<T>();
+  Tensor state = allocate({4 * rows + 1}, {1}, type, place.device);
+  call.state = static_cast<T*>(state.mutable_data_ptr());
+  Tensor loss = call.reduction != Reduction::none ? allocate({}, {}, type, place.device)
+                : a.input.dim() == 2
+                    ? allocate({rows}, {1}, type, place.device)
+                    : allocate({a.input.size(0), a.input.size(2)}, {a.input.size(2), 1}, type, place.device);
+  call.loss = static_cast<T*>(loss.mutable_data_ptr());
+  const char* error = nullptr;
+  const int64_t partials = ltk::cuda::forward_partials<E, T>(call, &error);
+  check(error);
+  // Given back while the kernel still runs: whoever gets this memory next uses it on the same stream, later.
+  Tensor sums = allocate({2 * partials}, {1}, ScalarType::Double, place.device);
+  call.partials = static_cast<double*>(sums.mutable_data_ptr());
+  check(ltk::cuda::forward<E, T>(call, place.stream()));
+  return {loss, state};
+}
+
+template <class E, class T>
+std::tuple<Tensor, Tensor, Tensor> backward(const Arguments& a, const Tensor& grad, const Tensor& state,
+                                            bool need_input, bool need_scale, bool need_bias, bool inplace,
+                                            const Tensor& tickets, const Tensor& error_word) {
+  const Place place(a.input);
+  Call<T> call = prepare<T>(a, tickets, error_word);
+  constexpr ScalarType type = type_of<T>();
+  const bool of_rows = grad.dim() == a.input.dim() - 1 && grad.size(0) == a.input.size(0) &&
+                       (grad.dim() == 1 || grad.size(1) == a.input.size(2));
+  if (state.numel() != 4 * call.rows + 1 || state.scalar_type() != type || !state.is_contiguous() ||
+      grad.scalar_type() != type || !(grad.dim() == 0 || of_rows))
+    fail("grad or state are not those of these logits");
+  call.state = static_cast<T*>(const_cast<void*>(state.const_data_ptr()));
+  call.upstream = static_cast<const T*>(grad.const_data_ptr());
+  call.upstream_layout = row_layout(grad);
+  const auto vector = [&](bool needed) { return allocate({needed ? call.classes : 0}, {1}, type, place.device); };
+  Tensor d_input = !need_input ? vector(false) : inplace ? a.input : dense_like(a.input);
+  if (need_input) {
+    call.gradient = d_input.mutable_data_ptr();
+    call.gradient_layout = layout(d_input);
+  }
+  Tensor d_scale = vector(need_scale), d_bias = vector(need_bias), sums;
+  if (need_scale || need_bias) {
+    if (tickets.numel() < ltk::cuda::column_chunks(call.classes)) fail("expected a ticket for every chunk of columns");
+    const char* error = nullptr;
+    const int64_t splits = ltk::cuda::column_splits<E, T>(call, &error);
+    check(error);
+    const int64_t of_one = splits * call.classes;
+    sums = allocate({of_one * (need_scale + need_bias)}, {1}, type, place.device);
+    T* memory = static_cast<T*>(sums.mutable_data_ptr());
+    if (need_scale) {
+      call.scale_sums = static_cast<T*>(d_scale.mutable_data_ptr());
+      call.scale_partials = memory;
+    }
+    if (need_bias) {
+      call.bias_sums = static_cast<T*>(d_bias.mutable_data_ptr());
+      call.bias_partials = memory + (need_scale ? of_one : 0);
+    }
+  }
+  if (need_input || need_scale || need_bias) check(ltk::cuda::backward<E, T>(call, place.stream()));
+  return {d_input, d_scale, d_bias};
+}
+
+// run(E{}, T{}) with the types that the logits have and that are computed with.
+template <class Run>
+auto with_types(const Tensor& input, Run run) {
+  switch (input.scalar_type()) {
+    case ScalarType::Double:
+      return run(static_cast<double*>(nullptr), double{});
+    case ScalarType::Float:
+      return run(static_cast<float*>(nullptr), float{});
+    case ScalarType::BFloat16:
+      return run(static_cast<ltk::cuda::BFloat16*>(nullptr), float{});
+    case ScalarType::Half:
+      return run(static_cast<ltk::cuda::Float16*>(nullptr), float{});
+    default:
+      fail("expected floating logits");
+  }
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, OptionalTensor weight,
+                                                 OptionalTensor class_scale, OptionalTensor class_bias,
+                                                 OptionalTensor class_margin, OptionalTensor sample_weight,
+                                                 int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                                 double scale, double focal_gamma, bool focal_weighted,
+                                                 bool focal_detached, double z_loss, bool empty_zero, Tensor tickets,
+                                                 Tensor error_word) {
+  const Arguments a{input,        target,          weight, class_scale, class_bias,     class_margin,   sample_weight,
+                    ignore_index, label_smoothing, scale,  focal_gamma, focal_weighted, focal_detached, z_loss};
+  return with_types(input, [&](auto* logit, auto number) {
+    return forward<std::remove_pointer_t<decltype(logit)>, decltype(number)>(a, reduction, empty_zero, tickets,
+                                                                             error_word);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_backward(
+    Tensor grad, Tensor state, Tensor input, Tensor target, OptionalTensor weight, OptionalTensor class_scale,
+    OptionalTensor class_bias, OptionalTensor class_margin, OptionalTensor sample_weight, int64_t ignore_index, int64_t,
+    double label_smoothing, double scale, double focal_gamma, bool focal_weighted, bool focal_detached, double z_loss,
+    bool, bool need_input, bool need_scale, bool need_bias, bool inplace, Tensor tickets, Tensor error_word) {
+  const Arguments a{input,        target,          weight, class_scale, class_bias,     class_margin,   sample_weight,
+                    ignore_index, label_smoothing, scale,  focal_gamma, focal_weighted, focal_detached, z_loss};
+  return with_types(input, [&](auto* logit, auto number) {
+    return backward<std::remove_pointer_t<decltype(logit)>, decltype(number)>(a, grad, state, need_input, need_scale,
+                                                                              need_bias, inplace, tickets, error_word);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ltkernels_cuda, m) {
+  m.def("cross_entropy_forward(" LTK_CROSS_ENTROPY_ARGUMENTS
+        ", Tensor tickets, Tensor error_word) -> (Tensor, Tensor)");
+  m.def(
+      "cross_entropy_backward(Tensor grad, Tensor state, " LTK_CROSS_ENTROPY_ARGUMENTS
+      ", bool need_input, bool need_class_scale, bool need_class_bias, bool inplace, Tensor tickets, Tensor error_word)"
+      " -> (Tensor, Tensor, Tensor)");
+}
+
+#if defined(LTK_EMULATE)
+STABLE_TORCH_LIBRARY_IMPL(ltkernels_cuda, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(ltkernels_cuda, CUDA, m) {
+#endif
+  m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+}

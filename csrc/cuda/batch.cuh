@@ -1,0 +1,222 @@
+// From rows to the batch: sums over the threads that share a row, and over all blocks in one launch.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/cross_entropy.h"
+#include "cuda/simt.h"
+
+namespace ltk::cuda {
+
+// Who shares a row: the 32 threads of a warp, a block, or a cluster of blocks.
+enum class Group { warp, block, cluster };
+
+// The beginning of a block's shared memory.
+struct Shared {
+  float maxima[32], sums[2][32];  // of each warp
+  float cluster_maximum, cluster_sums[2];
+  int last;
+  double totals[2][32];
+};
+constexpr int64_t shared_header = (sizeof(Shared) + 15) / 16 * 16;
+
+LTK_DEVICE Shared& shared() { return *reinterpret_cast<Shared*>(simt::shared_memory()); }
+LTK_DEVICE int lane() { return simt::thread() % simt::warp_size; }
+LTK_DEVICE int warp() { return simt::thread() / simt::warp_size; }
+LTK_DEVICE int warps() { return simt::threads() / simt::warp_size; }
+
+// A maximum and a sum are taken in turns: who writes the one has seen all read the other, and a barrier between them is
+// enough to use their memory again for the next row.
+template <Group group>
+LTK_DEVICE float group_max(float value) {
+  value = simt::warp_max(value);
+  if (group == Group::warp) return value;
+  Shared& s = shared();
+  if (lane() == 0) s.maxima[warp()] = value;
+  simt::sync_block();
+  value = simt::warp_max(lane() < warps() ? s.maxima[lane()] : -INFINITY);
+  if (group == Group::block) return value;
+  if (simt::thread() == 0) s.cluster_maximum = value;
+  simt::sync_cluster();
+  for (int rank = 0; rank < simt::cluster_size(); ++rank) {
+    const float other = simt::read_cluster(&s.cluster_maximum, rank);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Sums of `a` and, if asked for, of `b`.
+template <Group group>
+LTK_DEVICE void group_sum(float* a, float* b, bool both) {
+  *a = simt::warp_sum(*a);
+  if (both) *b = simt::warp_sum(*b);
+  if (group == Group::warp) return;
+  Shared& s = shared();
+  if (lane() == 0) {
+    s.sums[0][warp()] = *a;
+    s.sums[1][warp()] = *b;
+  }
+  simt::sync_block();
+  *a = simt::warp_sum(lane() < warps() ? s.sums[0][lane()] : 0.0f);
+  if (both) *b = simt::warp_sum(lane() < warps() ? s.sums[1][lane()] : 0.0f);
+  if (group == Group::block) return;
+  if (simt::thread() == 0) {
+    s.cluster_sums[0] = *a;
+    s.cluster_sums[1] = *b;
+  }
+  simt::sync_cluster();
+  *a = *b = 0.0f;
+  for (int rank = 0; rank < simt::cluster_size(); ++rank) {
+    *a += simt::read_cluster(&s.cluster_sums[0], rank);
+    *b += simt::read_cluster(&s.cluster_sums[1], rank);
+  }
+}
+
+// Sums over a block in a fixed order; thread 0 gets them. Ends with a barrier.
+struct Totals {
+  double a, b;
+};
+LTK_DEVICE Totals block_sum(Totals mine) {
+  Shared& s = shared();
+  mine = {simt::warp_sum(mine.a), simt::warp_sum(mine.b)};
+  if (lane() == 0) {
+    s.totals[0][warp()] = mine.a;
+    s.totals[1][warp()] = mine.b;
+  }
+  simt::sync_block();
+  Totals all{0.0, 0.0};
+  for (int w = 0; w < warps(); ++w) {
+    all.a += s.totals[0][w];
+    all.b += s.totals[1][w];
+  }
+  simt::sync_block();
+  return all;
+}
+
+// Whether this block is the last of `blocks` to come here; the counter is then as it was. All that the blocks before
+// wrote is visible to it.
+LTK_DEVICE bool last_block(int* counter, int64_t blocks) {
+  Shared& s = shared();
+  simt::sync_block();
+  if (simt::thread() == 0) {
+    const int ticket = simt::take_ticket(counter);
+    s.last = ticket == int(blocks) - 1;
+    if (s.last) *counter = 0;
+  }
+  simt::sync_block();
+  return s.last != 0;
+}
+
+// The smoothing constants, which depend on the classes alone: eps / K and sum ws (row_loss.h).
+template <class T>
+LTK_DEVICE void count_smoothing(const Call<T>& call, RowOptions<T>* options) {
+  if (!(options->label_smoothing > T(0)) || (call.bias == nullptr && call.weight == nullptr)) return;
+  Totals mine{0.0, 0.0};
+  for (int64_t j = simt::thread(); j < call.classes; j += simt::threads()) {
+    if (call.bias != nullptr && call.bias[j] == -T(INFINITY)) continue;
+    mine.a += 1.0;
+    mine.b += call.weight != nullptr ? double(call.weight[j]) : 1.0;
+  }
+  const Totals all = block_sum(mine);
+  options->smoothing_per_class = T(double(options->label_smoothing) / all.a);
+  options->smoothing_total = T(all.b);
+}
+
+template <class T>
+LTK_DEVICE T smoothing_weight(const Call<T>& call, int64_t j) {
+  if (call.bias != nullptr && call.bias[j] == -T(INFINITY)) return T(0);
+  return call.weight != nullptr ? call.weight[j] : T(1);
+}
+
+template <class T>
+constexpr T log2_e = T(1.4426950408889634074);
+// The exponent of e^(s u - s max) to the base 2, for scale2 = s log2(e); 0 at the maximum.
+template <class T>
+LTK_DEVICE T exponent(T u, T scale2, T max) {
+  return (u - max) * scale2;
+}
+
+// A label, or what is wrong with it.
+struct Label {
+  int64_t y;
+  bool ignored;
+  int error;
+};
+template <class T>
+LTK_DEVICE Label read_label(const Call<T>& call, int64_t row) {
+  const int64_t y = label_at(call.target, call.target_type, call.target_layout.offset(row));
+  const bool beyond = call.target_type == ElementType::u64 && y < 0;  // 2^63 or more
+  Label label{y, y == call.ignore_index && !beyond, 0};
+  if (label.ignored) return label;
+  if (y < 0 || y >= call.classes)
+    label.error = label_out_of_range;
+  else if (call.bias != nullptr && call.bias[y] == -T(INFINITY))
+    label.error = label_of_absent_class;
+  return label;
+}
+
+template <class T>
+LTK_DEVICE T margin_of(const Call<T>& call, int64_t y) {
+  return call.margin != nullptr ? call.margin[y] : call.one_margin;
+}
+
+// What a row adds to the batch; by the one thread that finishes it.
+template <class T>
+LTK_DEVICE void add_row(const Call<T>& call, int64_t row, T loss, double weight, const RowState<T>& state,
+                        Totals* totals) {
+  reinterpret_cast<RowState<T>*>(call.state)[row] = state;
+  if (call.reduction == Reduction::none) call.loss[row] = loss;
+  totals->a += double(loss);
+  totals->b += weight;
+}
+
+template <class T>
+LTK_DEVICE double denominator_part(const Call<T>& call, int64_t row, int64_t y) {
+  if (call.reduction != Reduction::mean_weight) return 1.0;
+  return double(call.weight != nullptr && y >= 0 ? call.weight[y] : T(1)) *
+         double(call.row_weight != nullptr ? call.row_weight[row] : T(1));
+}
+
+// A row that is ignored, or whose label is wrong: that is NaN, and the host is told.
+template <class T>
+LTK_DEVICE void add_row_without_logits(const Call<T>& call, int64_t row, const Label& label, Totals* totals) {
+  const T value = label.error != 0 ? T(NAN) : T(0);
+  if (label.error != 0) *call.error = label.error;
+  add_row(call, row, value, label.error != 0 ? 1.0 : 0.0, RowState<T>{value, value, value, value}, totals);
+}
+
+// What the forward left for the backward; NaN if it was none of these kernels' (ltkernels/ops/cross_entropy.py).
+template <class T>
+LTK_DEVICE T read_inverse_denominator(const Call<T>& call) {
+  const T inverse = call.state[4 * call.rows];
+  if (!(inverse < T(0))) return inverse;
+  *call.error = foreign_state;
+  return T(NAN);
+}
+
+// Loss and denominator of the batch, written by the block that comes last.
+template <class T>
+LTK_DEVICE void finish_batch(const Call<T>& call, Totals mine) {
+  T* inverse_denominator = call.state + 4 * call.rows;
+  if (call.reduction == Reduction::none) {
+    if (simt::block() == 0 && simt::thread() == 0) *inverse_denominator = T(1);
+    return;
+  }
+  const Totals block = block_sum(mine);
+  Totals* partials = reinterpret_cast<Totals*>(call.partials);
+  if (simt::thread() == 0) partials[simt::block()] = block;
+  if (!last_block(call.tickets, simt::blocks())) return;
+  mine = {0.0, 0.0};
+  for (int64_t b = simt::thread(); b < simt::blocks(); b += simt::threads()) {
+    mine.a += partials[b].a;
+    mine.b += partials[b].b;
+  }
+  const Totals all = block_sum(mine);
+  if (simt::thread() != 0) return;
+  double inverse = 1.0;
+  if (call.reduction != Reduction::sum) inverse = all.b == 0.0 && call.empty_zero ? 0.0 : 1.0 / all.b;
+  *inverse_denominator = T(inverse);
+  *call.loss = T(inverse == 0.0 ? 0.0 : all.a * inverse);  // 0 / 0 is torch's mean over nothing
+}
+
+}  // namespace ltk::cuda

@@ -1,0 +1,94 @@
+"""What GPU kernels of every op share: tickets for reductions in one launch, and the word they report bad values in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# --- Tickets ---
+#
+# A sum over all blocks of a launch is finished by the block that comes last, which a counter in device memory tells.
+# Whoever comes last puts it back to zero, so a counter is zeroed once and then serves call after call; only calls that
+# run at the same time must not share one. Calls on one stream never do.
+
+_TICKETS = 1024
+_POOL = 65536
+_of_stream: dict[tuple[int, int], Tensor] = {}
+_of_graphs: dict[int, tuple[Tensor, int]] = {}
+
+
+def tickets(device: torch.device, count: int = 1) -> Tensor:
+    """At least ``count`` int32 zeros on ``device`` for a launch on its current stream, which has to leave zeros.
+
+    A captured launch gets counters of its own, since its graph may be replayed beside anything: from memory that was
+    zeroed before the capture where there is some left, or else zeroed by the graph.
+    """
+    if device.type != "cuda":  # kernels that are emulated or interpreted
+        index, stream, capturing = -1, 0, False
+    else:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
+        pool, used = _of_graphs.get(index, (None, 0))
+        if pool is None or used + count > pool.numel():
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _of_graphs[index] = (pool, used + count)
+        return pool[used : used + count]
+    found = _of_stream.get((index, stream))
+    if found is None or found.numel() < count:
+        found = torch.zeros(max(count, _TICKETS), dtype=torch.int32, device=device)
+        _of_stream[index, stream] = found
+        if index not in _of_graphs:
+            _of_graphs[index] = (torch.zeros(_POOL, dtype=torch.int32, device=device), 0)
+    return found
+
+
+# --- Reports ---
+
+_LABEL_OUT_OF_RANGE, _LABEL_OF_ABSENT_CLASS, _FOREIGN_STATE = 1, 2, 3
+_words: dict[int, Tensor] = {}
+
+
+def error_word(device: torch.device) -> Tensor:
+    """One int32 in pinned memory, which kernels on ``device`` write to and the host reads without waiting for them."""
+    index = -1 if device.type != "cuda" else torch.cuda.current_device() if device.index is None else device.index
+    word = _words.get(index)
+    if word is None:
+        word = _words[index] = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return word
+
+
+def check() -> None:
+    """Raise if a kernel that has run on a GPU found a label that it could not use.
+
+    Labels on a GPU are not looked at when a loss is called, for that would wait for the device. The kernel gives the
+    row a NaN loss and leaves a note, which the next eager call and this function report. This does not wait either: it
+    sees what has run by now, everything after ``torch.cuda.synchronize()``. Reported once, the note is gone.
+
+    Raises:
+        IndexError: a label outside ``[0, C)`` that is not ``ignore_index``.
+        ValueError: a label of a class whose ``class_bias`` is -inf: one without training samples.
+        RuntimeError: a backward that was given the state of another backend's forward.
+
+    Example:
+        >>> import ltkernels as ltk
+        >>> ltk.check()  # nothing to report
+    """
+    for index, word in _words.items():
+        code = word.item()
+        if code == 0:
+            continue
+        word.zero_()
+        where = f"in an earlier call on {f'cuda:{index}' if index >= 0 else 'an emulated GPU'}; its row's loss is NaN"
+        if code == _LABEL_OUT_OF_RANGE:
+            raise IndexError(f"target: expected labels in [0, C) or ignore_index, found another {where}")
+        if code == _LABEL_OF_ABSENT_CLASS:
+            raise ValueError(
+                "target: expected labels of classes with a finite class_bias, found a class with class_bias -inf"
+                f" (a class without training samples) {where}"
+            )
+        raise RuntimeError(
+            "backward: expected the state of a forward on the same backend, found another's (was use_backend called"
+            " between the two?); the gradient is NaN"
+        )
