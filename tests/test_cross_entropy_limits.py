@@ -246,12 +246,11 @@ def test_small_losses_keep_their_digits(form: Form) -> None:
     others = 18 * torch.exp(-ahead.double())
     exact, rest = others.log1p(), others / (1 + others)
     absolute = 1e-6 if form.backend == "reference" else 0.0
-    if form.backend in GPU_BACKENDS:  # exp2 of d log2(e), which is rounded: e^-d is right to 2^-23 d of itself
-        assert ((loss.double() - exact).abs() <= (1e-6 + 2.0**-23 * ahead.double()) * exact).all()
-    else:
-        torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=absolute)
-    torch.testing.assert_close(gradient[:, 5].double(), -rest, rtol=1e-6, atol=absolute)
-    torch.testing.assert_close(gradient[:, 0].double(), rest / 18, rtol=1e-6, atol=absolute)
+    # On a GPU e^-d is exp2 of d log2(e), which is rounded: it is right to 2^-23 d of itself.
+    relative = 1e-6 + (2.0**-23 * ahead.double() if form.backend in GPU_BACKENDS else 0.0)
+    assert ((loss.double() - exact).abs() <= absolute + relative * exact).all()
+    assert ((gradient[:, 5].double() + rest).abs() <= absolute + relative * rest).all()
+    assert ((gradient[:, 0].double() - rest / 18).abs() <= absolute + relative * rest / 18).all()
 
 
 # --- Certain rows and the focal factor ---

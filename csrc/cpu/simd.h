@@ -218,7 +218,7 @@ inline void round_to(Float16* to, float f) { to->bits = _cvtss_sh(f, _MM_FROUND_
 inline float to_float(Float16 h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
   uint32_t bits = magnitude << 13;
-  float f;
+  float f = 0;
   if (magnitude >= 0x7c00) {
     bits |= 0x7f800000;
     std::memcpy(&f, &bits, sizeof f);
