@@ -6,6 +6,7 @@ the reasons, :func:`use_backend` (or the environment variable ``LTK_BACKEND``) a
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -205,28 +206,55 @@ class Implementation:
         return status()[self.backend] or self.refuses(*call)
 
 
+@dataclass(frozen=True)
+class Preference:
+    """Which backend is the fastest for some calls on some GPUs, and how that is known."""
+
+    backend: str
+    source: str
+    device: str = ""
+    """Part of the device's name as ``torch.cuda.get_device_name`` gives it."""
+    dtype: torch.dtype | None = None
+    classes: tuple[float, float] = (0, math.inf)
+    """Least and largest number of classes."""
+
+    def holds(self, name: str, dtype: torch.dtype, classes: int) -> bool:
+        """Whether this is about ``classes`` classes of ``dtype`` on the device of that name."""
+        low, high = self.classes
+        return self.device in name and self.dtype in (None, dtype) and low <= classes <= high
+
+
 @dataclass
 class Table:
-    """The implementations of one op, fastest first."""
+    """The implementations of one op, fastest first; on a GPU the first preference that holds decides who that is."""
 
     op: str
     rows: list[Implementation]
+    preferences: tuple[Preference, ...] = ()
     _candidates: dict[str, list[Implementation]] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 
     def choose(self, input: Tensor, call: tuple[Any, ...]) -> Implementation:
         """The implementation that serves ``call``: the one asked for, or the first that can."""
         if _explaining and _explaining == get_ident():
-            raise _ExplanationError(self._explain(input.device, call))
+            raise _ExplanationError(self._explain(input, call))
         if _forced is not None:
             return self._asked_for(_forced, input.device, call)
         kind = "cpu" if input.is_cpu else input.device.type  # a device object takes longer to make
-        for row in self._candidates.get(kind) or self._find_candidates(input.device):
+        candidates = self._candidates.get(kind) or self._find_candidates(input.device)
+        if kind == "cuda" and (preferred := self.preferred(input)) is not None:
+            candidates = sorted(candidates, key=lambda row: row.backend != preferred.backend)
+        for row in candidates:
             reason = row.refuses(*call)
             if reason is None:
                 return row
             self._tell(row, reason)
         raise AssertionError("the reference implementation serves every call")
+
+    def preferred(self, input: Tensor) -> Preference | None:
+        """The preference for logits like these, or none: then the order of the rows holds."""
+        name = _device_name(input.device)
+        return next((p for p in self.preferences if p.holds(name, input.dtype, input.shape[1])), None)
 
     def _find_candidates(self, device: torch.device) -> list[Implementation]:
         """What this process can use on the device: found once, since looking at every call costs microseconds."""
@@ -250,19 +278,27 @@ class Table:
             raise RuntimeError(f"{self.op}: backend {name!r} was asked for but cannot serve this call: {reason}")
         return row
 
-    def _explain(self, device: torch.device, call: tuple[Any, ...]) -> str:
-        lines = [f"{self.op} on {device}:"]
+    def _explain(self, input: Tensor, call: tuple[Any, ...]) -> str:
+        lines = [f"{self.op} on {input.device}:"]
         chosen = False
-        for row in self.rows:
-            reason = row.reason_against(device, call)
+        preferred = self.preferred(input) if input.device.type == "cuda" else None
+        first = preferred.backend if preferred else ""
+        for row in sorted(self.rows, key=lambda row: row.backend != first):
+            reason = row.reason_against(input.device, call)
             if reason is None and not chosen and _forced in (None, row.backend):
-                verdict, chosen = "serves this call" + (" (asked for)" if _forced else ""), True
+                why = "asked for" if _forced else preferred.source if preferred and row.backend == first else ""
+                verdict, chosen = "serves this call" + (f" ({why})" if why else ""), True
             else:
                 verdict = f"no: {reason}" if reason else "could serve this call"
             lines.append(f"  {row.backend:<10} {verdict}")
         if not chosen:
             lines.append(f"  backend {_forced!r} was asked for: the call would raise")
         return "\n".join(lines)
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 class _ExplanationError(Exception):

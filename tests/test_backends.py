@@ -22,6 +22,7 @@ from torch import Tensor
 import ltkernels as ltk
 from ltkernels import backends
 from ltkernels.ops import cross_entropy as op
+from ltkernels.ops import cross_entropy_table
 
 cross_entropy = ltk.functional.cross_entropy
 PACKAGE = Path(ltk.__file__).parent
@@ -169,7 +170,7 @@ def test_the_backward_belongs_to_the_backend_of_the_forward(monkeypatch: pytest.
     with ltk.use_backend("reference"):
         loss = cross_entropy(x, y, reduction="none")
     with ltk.use_backend("cpu"), monkeypatch.context() as patch:
-        patch.setattr(op, "_cpu_backward", lambda *args: pytest.fail("cpu computed the backward"))
+        patch.setattr(cross_entropy_table, "_cpu_ops", lambda: pytest.fail("cpu computed the backward"))
         (expected,) = torch.autograd.grad(loss.sum(), x)
     loss = cross_entropy(x, y, reduction="none")
     with ltk.use_backend("reference"):
@@ -199,6 +200,20 @@ def test_explain() -> None:
     assert "reference  serves this call" in text
     with ltk.use_backend("cpu"):
         assert ltk.explain(cross_entropy, x, y, weight).endswith("backend 'cpu' was asked for: the call would raise")
+
+
+def test_a_preference_decides_between_gpu_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that holds for the device, type and number of classes; tables and meta tensors stand for a GPU."""
+    measured = backends.Preference("triton", "measured", device="H100", dtype=torch.bfloat16, classes=(1, 999))
+    model = backends.Preference("cuda", "by the model")
+    table = backends.Table("cross_entropy", op.TABLE.rows, (measured, model))
+    names = {"NVIDIA H100 80GB HBM3": torch.zeros(2, 10), "NVIDIA A100-SXM4-40GB": torch.zeros(2, 10)}
+    for name, x in names.items():
+        monkeypatch.setattr(backends, "_device_name", lambda device, name=name: name)
+        first = measured if "H100" in name else model
+        assert table.preferred(x.bfloat16()) is first
+        assert table.preferred(x) is model and table.preferred(torch.zeros(2, 1000).bfloat16()) is model
+    assert backends.Table("cross_entropy", []).preferred(x) is None
 
 
 @needs_cpu

@@ -25,16 +25,25 @@ Where there is no gradient to compute (``no_grad``), none is written.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ltkernels import backends
 from ltkernels.ops import gpu
+from ltkernels.ops.cross_entropy_table import (
+    CLASS_BIAS,
+    CLASS_SCALE,
+    INPUT,
+    NO_GRADIENT,
+    NO_STATE,
+    TABLE,
+    TENSORS,
+    Tensors,
+    check_on_cpu,
+    new_state,
+    only_reference,
+)
 from ltkernels.ops.options import CrossEntropyOptions, Reduction
 from ltkernels.reference import cross_entropy as reference
 
@@ -43,12 +52,6 @@ _ARGUMENTS = (
     " Tensor? sample_weight, int ignore_index, int reduction, float label_smoothing, float scale, float focal_gamma,"
     " bool focal_weighted, bool focal_detached, float z_loss, bool empty_zero"
 )
-_TENSORS = 7  # the first arguments of _ARGUMENTS; the rest are CrossEntropyOptions
-_INPUT, _CLASS_SCALE, _CLASS_BIAS = 0, 3, 4
-_NO_GRADIENT = {"target": 1, "weight": 2, "class_margin": 5, "sample_weight": 6}
-_Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-_Parameters = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # but the first
-
 _library = torch.library.Library("ltkernels", "FRAGMENT")
 _library.define(f"cross_entropy({_ARGUMENTS}) -> (Tensor loss, Tensor state)")
 _library.define(
@@ -71,7 +74,7 @@ def cross_entropy(
     """The loss of ``(N, C)`` or ``(N, C, D)`` logits by the backend that serves the call; see the reference."""
     tensors = (input, target, weight, class_scale, class_bias, class_margin, sample_weight)
     if torch.compiler.is_compiling() or type(input) not in _PLAIN:
-        if torch._C._are_functorch_transforms_active() or _only_reference(*tensors):  # a transform inside a graph
+        if torch._C._are_functorch_transforms_active() or only_reference(*tensors):  # a transform inside a graph
             return reference.cross_entropy(*tensors, options)
         loss: Tensor = torch.ops.ltkernels.cross_entropy(*tensors, *options)[0]
         return loss
@@ -79,7 +82,7 @@ def cross_entropy(
         gpu.check()
     implementation = TABLE.choose(input, tensors)
     if implementation.backend == "reference":
-        _check_on_cpu(tensors, options)
+        check_on_cpu(tensors, options)
         return reference.cross_entropy(*tensors, options)
     if torch._C._are_functorch_transforms_active():
         loss = _Transformable.apply(*tensors, options, implementation)[0]
@@ -138,9 +141,9 @@ class _Lean(torch.autograd.Function):
         need = ctx.needs_input_grad[:3]
         if not plain:
             return *_wanted(_Backward.apply(grad, state, *tensors, options, implementation, need), need), None
-        if reuse := inplace and need[0] and _reusable(tensors[_INPUT]):
-            tensors[_INPUT] = tensors[_INPUT].detach()  # the gradient is in this memory, but not of the logits' graph
-            torch.autograd.graph.increment_version(tensors[_INPUT])
+        if reuse := inplace and need[0] and _reusable(tensors[INPUT]):
+            tensors[INPUT] = tensors[INPUT].detach()  # the gradient is in this memory, but not of the logits' graph
+            torch.autograd.graph.increment_version(tensors[INPUT])
         grads = implementation.backward(grad, state, *tensors, *options, *need, reuse)
         return *_wanted(grads, need), None
 
@@ -191,7 +194,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         grad, *tensors = ctx.saved_tensors
-        places = [place for place in range(_TENSORS) if ctx.needs_input_grad[2 + place]]
+        places = [place for place in range(TENSORS) if ctx.needs_input_grad[2 + place]]
         d_grad, d_tensors = _second_order(grad, tensors, ctx.options, ctx.need, cotangents, places)
         return d_grad, None, *d_tensors, None, None, None
 
@@ -217,7 +220,7 @@ def _one_by_one(
 
 def _needs(ctx: Any) -> tuple[bool, bool, bool]:
     need = ctx.needs_input_grad
-    return need[_INPUT], need[_CLASS_SCALE], need[_CLASS_BIAS]
+    return need[INPUT], need[CLASS_SCALE], need[CLASS_BIAS]
 
 
 def _wanted(grads: tuple[Tensor, ...], need: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
@@ -260,7 +263,7 @@ def _second_order(
     backward was with respect to what ``need`` says; what is differentiated now may be more, since an outer transform
     may follow tensors that the inner one held fixed.
     """
-    first = [place for place, wanted in zip((_INPUT, _CLASS_SCALE, _CLASS_BIAS), need, strict=True) if wanted]
+    first = [place for place, wanted in zip((INPUT, CLASS_SCALE, CLASS_BIAS), need, strict=True) if wanted]
     order = first + [place for place in places if place not in first]
     wanted = tuple(cotangent for cotangent, needed in zip(cotangents, need, strict=True) if needed)
 
@@ -272,48 +275,30 @@ def _second_order(
         def loss(*inner: Tensor) -> Tensor:
             for place, variable in zip(first, inner, strict=True):
                 arguments[place] = variable
-            return reference.cross_entropy(*cast(_Tensors, tuple(arguments)), options)
+            return reference.cross_entropy(*cast(Tensors, tuple(arguments)), options)
 
         return torch.func.vjp(loss, *variables[: len(first)])[1](upstream)
 
     d_grad, *d_variables = torch.func.vjp(gradients, grad, *[tensors[place] for place in order])[1](wanted)
-    d_tensors: list[Tensor | None] = [None] * _TENSORS
+    d_tensors: list[Tensor | None] = [None] * TENSORS
     for place, d_variable in zip(order, d_variables, strict=True):
         d_tensors[place] = d_variable if place in places else None
     return d_grad, d_tensors
-
-
-def _check_on_cpu(tensors: _Tensors, options: CrossEntropyOptions) -> None:
-    """Refuses bad values where looking at them does not stop a device. Under vmap the calls that it becomes do that."""
-    input = tensors[0]
-    values = [_unwrapped(value) for value in tensors[1:]]
-    shapes = [None if value is None else value.shape for value in tensors[1:]]
-    if input.device.type == "cpu" and shapes == [None if value is None else value.shape for value in values]:
-        reference.check_values(*cast(_Parameters, tuple(values)), input.shape[1], options.ignore_index)
-
-
-def _unwrapped(value: Tensor | None) -> Tensor | None:
-    while value is not None and torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
-    return value
 
 
 # --- The dispatcher op: what torch.compile, torch.export and tensor subclasses see ---
 
 
 def _op_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    tensors, options = args[:_TENSORS], args[_TENSORS:]
-    loss, state, _ = TABLE.choose(args[_INPUT], tensors).forward(*tensors, *options, False)
+    tensors, options = args[:TENSORS], args[TENSORS:]
+    loss, state, _ = TABLE.choose(args[INPUT], tensors).forward(*tensors, *options, False)
     return loss, state
-
-
-_NO_STATE = -1.0  # in the place of 1 / denominator, which is not negative
 
 
 def _op_backward(grad: Tensor, state: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     # A forward by the reference left no state for a kernel: use_backend was on for the forward alone.
-    by_reference = state.device.type == "cpu" and state.numel() > 0 and state[-1].item() == _NO_STATE
-    implementation = TABLE.rows[-1] if by_reference else TABLE.choose(args[_INPUT], args[:_TENSORS])
+    by_reference = state.device.type == "cpu" and state.numel() > 0 and state[-1].item() == NO_STATE
+    implementation = TABLE.rows[-1] if by_reference else TABLE.choose(args[INPUT], args[:TENSORS])
     grads: tuple[Tensor, Tensor, Tensor] = implementation.backward(grad, state, *args, False)
     return grads
 
@@ -325,16 +310,16 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("ltkernels::cross_entropy", lib=_library)
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    input, reduction = args[_INPUT], args[_TENSORS + 1]
+    input, reduction = args[INPUT], args[TENSORS + 1]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     rows = (input.shape[0], *input.shape[2:])
     loss = input.new_empty(rows if reduction == Reduction.NONE else (), dtype=dtype)
-    return loss, _new_state(input)
+    return loss, new_state(input)
 
 
 @torch.library.register_fake("ltkernels::cross_entropy_backward", lib=_library)
 def _fake_backward(grad: Tensor, state: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    input, need = args[_INPUT], args[-3:]
+    input, need = args[INPUT], args[-3:]
     vector = state.new_empty(input.shape[1])
     return (
         torch.empty_like(input) if need[0] else state.new_empty(0),
@@ -343,25 +328,19 @@ def _fake_backward(grad: Tensor, state: Tensor, *args: Any) -> tuple[Tensor, Ten
     )
 
 
-def _new_state(input: Tensor) -> Tensor:
-    """What a forward leaves for the backward: four numbers a row and one for the batch (csrc/common/row_loss.h)."""
-    rows = input.numel() // input.shape[1]
-    return input.new_empty(4 * rows + 1, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
-
-
 def _op_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], output[1])
-    ctx.options = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:TENSORS], output[1])
+    ctx.options = inputs[TENSORS:]
     ctx.set_materialize_grads(False)
 
 
 def _op_autograd(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, state = ctx.saved_tensors
-    for name, place in _NO_GRADIENT.items():
+    for name, place in NO_GRADIENT.items():
         if ctx.needs_input_grad[place]:
             raise RuntimeError(f"ltkernels::cross_entropy has no gradient for {name}; the reference has")
     if grad is None:
-        return (None,) * (_TENSORS + len(ctx.options))
+        return (None,) * (TENSORS + len(ctx.options))
     need = _needs(ctx)
     grads = torch.ops.ltkernels.cross_entropy_backward(grad, state, *tensors, *ctx.options, *need)
     return *_arranged(grads, need), *(None,) * len(ctx.options)
@@ -372,13 +351,13 @@ torch.library.register_autograd("ltkernels::cross_entropy", _op_autograd, setup_
 
 def _op_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     grad, _, *rest = inputs
-    ctx.save_for_backward(grad, *rest[:_TENSORS])
-    ctx.options, ctx.need = CrossEntropyOptions(*rest[_TENSORS:-3]), tuple(rest[-3:])
+    ctx.save_for_backward(grad, *rest[:TENSORS])
+    ctx.options, ctx.need = CrossEntropyOptions(*rest[TENSORS:-3]), tuple(rest[-3:])
 
 
 def _op_backward_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     grad, *tensors = ctx.saved_tensors
-    places = [place for place in range(_TENSORS) if ctx.needs_input_grad[2 + place]]
+    places = [place for place in range(TENSORS) if ctx.needs_input_grad[2 + place]]
     d_grad, d_tensors = _second_order(grad, tensors, ctx.options, ctx.need, cotangents, places)
     return d_grad, None, *d_tensors, *(None,) * (len(ctx.options) + 3)
 
@@ -386,155 +365,3 @@ def _op_backward_autograd(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None,
 torch.library.register_autograd(
     "ltkernels::cross_entropy_backward", _op_backward_autograd, setup_context=_op_backward_setup_context, lib=_library
 )
-
-
-# --- The implementations ---
-
-
-def _only_reference(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    class_scale: Tensor | None,
-    class_bias: Tensor | None,
-    class_margin: Tensor | None,
-    sample_weight: Tensor | None,
-) -> str | None:
-    """Derivatives that only PyTorch's autograd through the reference computes."""
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation, which only the reference computes"
-    if torch._C._are_functorch_transforms_active():
-        followed = any(map(_followed, (target, weight, class_margin, sample_weight)))
-    else:
-        followed = (
-            target.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (class_margin is not None and class_margin.requires_grad)
-            or (sample_weight is not None and sample_weight.requires_grad)
-        )
-    if followed and torch.is_grad_enabled():
-        return "target, weight, class_margin or sample_weight requires a gradient, which only the reference computes"
-    return None
-
-
-def _followed(value: Tensor | None) -> bool:
-    """Whether a transform differentiates with respect to this tensor, at this level or at one around it."""
-    while value is not None and not value.requires_grad:
-        if not torch._C._functorch.is_functorch_wrapped_tensor(value):
-            return False
-        value = torch._C._functorch.get_unwrapped(value)
-    return value is not None
-
-
-def _reference_forward(*args: Any) -> tuple[Tensor, Tensor, None]:
-    tensors = cast(_Tensors, args[:_TENSORS])
-    options = CrossEntropyOptions(*args[_TENSORS:-1])
-    _check_on_cpu(tensors, options)
-    with torch.no_grad():
-        return reference.cross_entropy(*tensors, options), _new_state(tensors[0]).fill_(_NO_STATE), None
-
-
-def _reference_backward(grad: Tensor, state: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    tensors, options, need = args[:_TENSORS], CrossEntropyOptions(*args[_TENSORS:-4]), args[-4:-1]
-    arguments = list(tensors)
-    places = (_INPUT, _CLASS_SCALE, _CLASS_BIAS)
-    with torch.enable_grad(), _autograd_in_a_kernel():
-        for place, wanted in zip(places, need, strict=True):
-            if wanted:
-                arguments[place] = tensors[place].detach().requires_grad_()
-        variables = [arguments[place] for place, wanted in zip(places, need, strict=True) if wanted]
-        grads = iter(
-            torch.autograd.grad(reference.cross_entropy(*cast(_Tensors, tuple(arguments)), options), variables, grad)
-        )
-    return tuple(
-        torch.empty_like(tensors[place]).copy_(next(grads)) if wanted else state.new_empty(0)
-        for place, wanted in zip(places, need, strict=True)
-    )
-
-
-def _autograd_in_a_kernel() -> AbstractContextManager[None]:
-    """The dispatcher, in whose ops this runs too, turns autograd off for the inside of an op."""
-    autograd = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutogradCUDA
-    )
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(include, exclude - autograd)
-    return guard
-
-
-@cache
-def _cpu_ops() -> tuple[Any, Any]:
-    """The overloads' own callables: finding them by name at every call costs a microsecond."""
-    namespace = torch.ops.ltkernels_cpu
-    return namespace.cross_entropy_forward.default._op, namespace.cross_entropy_backward.default._op
-
-
-def _cpu_forward(*args: Any) -> Any:
-    try:
-        return _cpu_ops()[0](*args)
-    except RuntimeError as error:
-        _say_which_value(error, *args)
-        raise
-
-
-def _cpu_backward(grad: Tensor, state: Tensor, *args: Any) -> Any:
-    try:
-        return _cpu_ops()[1](grad, state, *args)
-    except RuntimeError as error:
-        _say_which_value(error, *args)
-        raise
-
-
-def _say_which_value(error: RuntimeError, *args: Any) -> None:
-    """The C++ core can only raise RuntimeError. If a value is why, this raises what all backends raise for it."""
-    if str(error).startswith("ltkernels: value:"):
-        tensors: _Tensors = args[:_TENSORS]
-        reference.check_values(*tensors[1:], args[_INPUT].shape[1], args[_TENSORS])
-
-
-@cache
-def _cuda_ops() -> tuple[Any, Any]:
-    namespace = torch.ops.ltkernels_cuda
-    return namespace.cross_entropy_forward.default._op, namespace.cross_entropy_backward.default._op
-
-
-def _cuda_forward(*args: Any) -> tuple[Tensor, Tensor, None]:
-    device = args[_INPUT].device
-    loss, state = _cuda_ops()[0](*args[:-1], gpu.tickets(device), gpu.error_word(device))
-    return loss, state, None
-
-
-_COLUMNS_A_TICKET = 128  # csrc/cuda/cross_entropy.h: column_threads
-
-
-def _cuda_backward(grad: Tensor, state: Tensor, *args: Any) -> Any:
-    input, (_, need_class_scale, need_class_bias) = args[_INPUT], args[-4:-1]
-    count = -(-input.shape[1] // _COLUMNS_A_TICKET) if need_class_scale or need_class_bias else 1
-    device = input.device
-    return _cuda_ops()[1](grad, state, *args, gpu.tickets(device, count), gpu.error_word(device))
-
-
-def _triton_forward(*args: Any) -> Any:
-    from ltkernels.triton import cross_entropy as kernels
-
-    return kernels.forward(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    from ltkernels.triton import cross_entropy as kernels
-
-    return kernels.backward(*args)
-
-
-TABLE = backends.Table(
-    "cross_entropy",
-    [
-        backends.Implementation("cuda", "cuda", _cuda_forward, _cuda_backward, refuses=_only_reference),
-        backends.Implementation("triton", "cuda", _triton_forward, _triton_backward, refuses=_only_reference),
-        backends.Implementation(
-            "cpu", "cpu", _cpu_forward, _cpu_backward, refuses=_only_reference, gradient_in_forward=True
-        ),
-        backends.Implementation("reference", None, _reference_forward, _reference_backward),
-    ],
-)
-"""Implementations of cross_entropy, fastest first."""
