@@ -3,12 +3,12 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test bench codecheck gpu lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built ## make .venv with the pinned packages and build the C++ core in it
 
@@ -20,6 +20,12 @@ test: setup ## run the tests and the examples in docstrings
 
 bench: setup ## measure the kernels against their peers
 	@$(RUN) -m ltkernels bench $(ARGS)
+
+codecheck: setup ## read the GPU kernels' machine code and compare it with the budget; needs no GPU
+	@$(RUN) -m benchmarks.codecheck $(ARGS)
+
+gpu: setup ## on a machine with a GPU: tests, sanitizers and benchmark
+	@$(RUN) -m benchmarks.gpu $(ARGS)
 
 lint: setup ## check style and types, change nothing
 	$(RUN) -m ruff check .
@@ -45,7 +51,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(shell find csrc -type f)
-	@echo "setup: building ltkernels in place (only C++ files that changed are compiled)"
+	@echo "setup: building ltkernels in place (only C++ and CUDA files that changed are compiled)"
 	@$(RUN) -m pip install --quiet --no-build-isolation --no-deps -e .
 	@$(RUN) -m ltkernels info
 	@touch $@

@@ -128,6 +128,155 @@ def library(driver: ModuleType) -> Path:
     return path
 
 
+@pytest.fixture
+def toolkit(driver: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose nvcc tells of a toolkit elsewhere, like a script on $PATH in front of the real one, and knows no
+    sm_100; and a nvidia-smi that sees no GPU."""
+    folder, real = tmp_path / "wrapper/bin", tmp_path / "cuda"
+    folder.mkdir(parents=True)
+    (real / "lib").mkdir(parents=True)
+    write_program(
+        folder / "nvcc",
+        f"""case $1 in
+  --list-gpu-code) printf 'sm_80\\nsm_86\\nsm_90\\n' ;;
+  --dryrun) echo '#$ INCLUDES="-I{real}/bin/../include"  ' >&2
+            echo '#$ LIBRARIES=  "-L{real}/lib/stubs" "-L{real}/lib"' >&2 ;;
+esac""",
+    )
+    write_program(folder / "nvidia-smi", "exit 9")
+    monkeypatch.setenv("CUDA_HOME", str(folder.parent))
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.delenv("LTK_CUDA_ARCHS", raising=False)
+    monkeypatch.delenv("LTK_CUDA", raising=False)
+    return folder
+
+
+def write_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_toolkit_lies_where_nvcc_says(driver: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = toolkit.parents[1] / "cuda"
+    expected = driver.Cuda(str(toolkit / "nvcc"), (str(real / "include"),), (str(real / "lib"),))
+    assert driver.find_cuda() == expected
+    monkeypatch.delenv("CUDA_HOME")
+    assert driver.find_cuda().include == (str(real / "include"),)  # on $PATH
+
+
+def test_missing_nvcc_leaves_out_the_cuda_library_alone(
+    driver: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "version", lambda name: "2.10.0")
+    monkeypatch.setattr(driver, "compiler", lambda: ["c++"])
+    monkeypatch.setattr(driver, "torch_directory", lambda: Path("torch"))
+    assert driver.CUDA_LIBRARY not in driver.obstacles()
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    reasons = driver.obstacles()
+    assert reasons[driver.CUDA_LIBRARY] == "no nvcc found (looked in /nowhere/bin)"
+    assert driver.OP_LIBRARY not in reasons
+    monkeypatch.setenv("LTK_CUDA", "0")
+    assert driver.obstacles()[driver.CUDA_LIBRARY] == "LTK_CUDA=0 asks for a build without it"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "expected"),
+    [
+        ("", None, ("80+PTX", "90a")),  # the toolkit knows no sm_100
+        ("9.0\n8.6\n9.0", None, ("86", "90a")),
+        ("10.0", None, ("80+PTX", "90a")),  # a GPU newer than the toolkit translates the PTX
+        ("7.5", None, ("80+PTX", "90a")),  # one that the kernels do not run on
+        ("[N/A]", None, ("80+PTX", "90a")),
+        ("9.0", "90a;100", ("90a", "100")),
+    ],
+)
+def test_architectures(
+    driver: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, asked: str | None, expected: object
+) -> None:
+    if gpus:
+        write_program(toolkit / "nvidia-smi", f"printf '{gpus}\n'")
+    if asked is not None:
+        monkeypatch.setenv("LTK_CUDA_ARCHS", asked)
+    assert driver.cuda_archs(driver.find_cuda()) == expected
+
+
+def test_units_of_the_cuda_library(driver: ModuleType, toolkit: Path, tmp_path: Path) -> None:
+    for name in ("csrc/cuda/toy.cu", "csrc/bindings/cuda_toy.cpp", "csrc/bindings/cpu_toy.cpp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    cuda = driver.find_cuda()
+    binding, kernels = driver.cuda_units(tmp_path, Path("torch"), cuda, ("80+PTX", "90a"))
+    assert (binding.source, kernels.source) == ("csrc/bindings/cuda_toy.cpp", "csrc/cuda/toy.cu")
+    assert (binding.nvcc, kernels.nvcc) == (None, cuda.nvcc)
+    assert "-DUSE_CUDA" in binding.flags and "-DTORCH_TARGET_VERSION=0x020a000000000000" in binding.flags
+    assert [flag for flag in kernels.flags if flag.startswith("-gencode")] == [
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode=arch=compute_90a,code=[sm_90a]",
+    ]
+    assert not any("torch" in flag for flag in kernels.flags)
+
+
+def test_tree_without_kernels_has_no_cuda_part(
+    driver: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert "csrc/bindings/cuda.cpp" in driver.parts()[driver.CUDA_LIBRARY]
+    monkeypatch.chdir(tmp_path)
+    assert set(driver.parts()) == {driver.OP_LIBRARY, driver.HOST_MODULE}
+
+
+def test_emulated_library_is_made_by_the_cpp_compiler(
+    driver: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if driver.compiler() is None or driver.torch_directory() is None:
+        pytest.skip("no C++ compiler or no torch here")
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
+    (tmp_path / "csrc/cuda/toy.cu").write_text(
+        "#if defined(LTK_EMULATE) && !defined(__CUDACC__)\n"
+        'extern "C" __attribute__((visibility("default"))) int toy() { return 7; }\n'
+        "#endif\n"
+    )
+    for compiled in (1, 0):
+        driver.build_emulated(tmp_path, tmp_path / "emulated.so")
+        assert capfd.readouterr().out.count("compiling csrc/cuda/toy.cu") == compiled
+    assert ctypes.CDLL(str(tmp_path / "emulated.so")).toy() == 7
+
+
+@pytest.fixture(scope="module")
+def cuda_library(driver: ModuleType) -> Path:
+    if reason := driver.obstacles().get(driver.CUDA_LIBRARY):
+        pytest.skip(reason)
+    path = ROOT / "ltkernels/lib/libltkernels_cuda.so"
+    assert path.exists(), "not built: run python setup.py build_ext --inplace"
+    return path
+
+
+def symbols(library: Path, which: str) -> dict[str, str]:
+    """Dynamic symbols of a library and their kinds."""
+    return {line.split()[-1]: line.split()[-2] for line in tool("nm", "-D", which, library).splitlines()}
+
+
+def test_cuda_library_asks_torch_only_for_its_stable_c_interface(cuda_library: Path, driver: ModuleType) -> None:
+    """Of what only a torch with CUDA has, it asks for the stream alone: nothing here would notice a misspelled name."""
+    undefined = {name for name, kind in symbols(cuda_library, "--undefined-only").items() if kind == "U"}
+    from_torch = {name for name in undefined if "@" not in name}
+    assert [name for name in from_torch if not name.startswith(("aoti_torch_", "torch_"))] == []
+    assert [name for name in undefined if re.match(r"_ZN?K?(2at|3c10|5torch)", name)] == []
+    offered = symbols(driver.torch_directory() / "lib/libtorch_cpu.so", "--defined-only")
+    assert from_torch - set(offered) <= {"aoti_torch_get_current_cuda_stream"}
+    assert "aoti_torch_get_current_cuda_stream" in from_torch
+
+
+def test_cuda_library_finds_torch_and_shares_no_runtime(cuda_library: Path) -> None:
+    """The loader looks a symbol up in the libraries that are named here, not in all that Python has loaded. The CUDA
+    runtime is inside, and hidden: torch brings its own."""
+    dynamic = tool("readelf", "-d", cuda_library)
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    needed = re.findall(r"NEEDED.*\[(.+?)\]", dynamic)
+    assert {name for name in needed if re.search("torch|c10|cuda", name)} == {"libtorch_cuda.so", "libtorch_cpu.so"}
+    assert [name for name in symbols(cuda_library, "--defined-only") if re.match(r"_*cuda[A-Z]", name)] == []
+
+
 def tool(*command: str | Path) -> str:
     return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
 

@@ -36,6 +36,10 @@ LTK_DEVICE T row_max(T value) {
 }
 
 LTK_HOST_DEVICE_MEMBER constexpr int any_threads(int a_row) { return a_row == 256 ? 256 : 128; }
+template <class T>
+constexpr int any_blocks(int a_row) {  // on a multiprocessor: doubles take two registers each
+  return (sizeof(T) == 8 ? 512 : 1024) / any_threads(a_row);
+}
 
 template <class E, class T>
 struct AnyRow {
@@ -149,7 +153,7 @@ LTK_DEVICE void forward_probabilities(const Call<T>& call, const RowOptions<T>& 
 }
 
 template <class E, class T, int a_row>
-LTK_KERNEL(any_threads(a_row), 1024 / any_threads(a_row))
+LTK_KERNEL(any_threads(a_row), any_blocks<T>(a_row))
 forward_any(const Call<T> call) {
   RowOptions<T> options = call.options;
   count_smoothing(call, &options);
@@ -206,7 +210,7 @@ struct RowGradient {
 };
 
 template <class E, class T, int a_row>
-LTK_KERNEL(any_threads(a_row), 1024 / any_threads(a_row))
+LTK_KERNEL(any_threads(a_row), any_blocks<T>(a_row))
 backward_any(const Call<T> call) {
   RowOptions<T> options = call.options;
   count_smoothing(call, &options);

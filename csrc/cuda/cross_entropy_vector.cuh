@@ -190,6 +190,16 @@ forward_vectors(const VectorCall arguments) {
       const int v = begin + i * threads + mine;
       raw[i] = v < end ? row.load(v) : Vector{};
     }
+    // While a block computes it loads nothing, and few blocks share a multiprocessor: memory would idle in between.
+    // Meanwhile the next row comes into L2, a request for each line of 128 bytes.
+    if (group != Group::warp && r + stride < call.rows) {
+      const AlignedRow<E> next(call.input, call.input_layout.offset(r + stride), call.classes);
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        const int v = begin + i * threads + mine;
+        if (mine % 8 == 0 && next.whole(v)) simt::prefetch(next.row + next.first(v));
+      }
+    }
     const float label_logit = adjusted_at<tables>(call, widen(row.row[y]), y) - margin_of(call, y);
 
     // Calls use(vector, local, adjusted logits) for the thread's vectors; the label is -inf in them.

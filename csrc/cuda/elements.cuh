@@ -109,7 +109,7 @@ struct AlignedRow {
   LTK_DEVICE void store(int v, const float (&x)[width<E>]) const {
     E* to = row + first(v);
     if (whole(v)) {
-      *reinterpret_cast<Vector*>(to) = encode(x, E{});
+      simt::store16(to, encode(x, E{}).words);
       return;
     }
 #pragma unroll

@@ -185,6 +185,13 @@ inline T exchange(T value, int lane_mask) {
 
 inline int take_ticket(int* counter) { return (*counter)++; }
 
+inline void store16(void* to, const uint32_t (&words)[4]) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) std::abort();
+  std::memcpy(to, words, 16);
+}
+
+inline void prefetch(const void* address) { (void)*static_cast<const volatile char*>(address); }  // faults if wrong
+
 inline float exp2(float x) { return x < -126.0f ? 0.0f : float(std::exp2(double(x))); }
 inline double exp2(double x) { return std::exp2(x); }
 inline float from_float16(uint16_t bits) { return emulated::to_float(emulated::Float16{bits}); }

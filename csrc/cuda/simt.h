@@ -87,6 +87,14 @@ LTK_DEVICE int take_ticket(int* counter) {
   return ticket;
 }
 
+// 16 bytes at once. As an assignment nvcc splits them for sm_80 and sm_90.
+LTK_DEVICE void store16(void* to, const uint32_t (&words)[4]) {
+  __stwb(static_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+}
+
+// Asks for the line at this address to be brought into L2.
+LTK_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 LTK_DEVICE float exp2(float x) {  // 2 ulp; 0 below the smallest normal number
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

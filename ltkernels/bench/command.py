@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ltkernels.bench import peers, report, runner
-from ltkernels.bench.device import Cpu
+from ltkernels.bench.device import Cpu, Cuda
 from ltkernels.bench.scenarios import SCENARIOS, Scenario, scenario
 from ltkernels.bench.targets import judge
 
@@ -47,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
         "(default: 1)",
     )
     parser.add_argument("--dtype", choices=list(runner.DTYPES), default="float32", help="logits (default: float32)")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where to run (default: cpu); from a source tree, python -m benchmarks.gpu measures a GPU more closely",
+    )
     parser.add_argument(
         "--mode",
         choices=list(runner.MODES),
@@ -136,8 +142,10 @@ def _progress(variant: peers.Variant, shape: Scenario, measurement: runner.Measu
 
 def _measure_here(args: argparse.Namespace) -> list[dict[str, Any]]:
     plan = runner.Plan(args.mode, args.dtype, args.seconds, not args.no_compile, memory=args.memory)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected a GPU that torch can use, found none")
     with _threads(args.threads[0]):
-        return runner.run(args.variant, args.scenario, Cpu(), plan, _progress)
+        return runner.run(args.variant, args.scenario, Cuda() if args.device == "cuda" else Cpu(), plan, _progress)
 
 
 def _measure_in_children(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -150,7 +158,7 @@ def _measure_in_children(args: argparse.Namespace) -> list[dict[str, Any]]:
             command = [
                 *(sys.executable, "-m", "ltkernels.bench", "--records-only"),
                 *("--threads", str(count), "--out", str(part), "--mode", args.mode, "--dtype", args.dtype),
-                *("--memory", args.memory),
+                *("--memory", args.memory, "--device", args.device),
                 *("--seconds", str(args.seconds), "--scenario", ",".join(shape.name for shape in args.scenario)),
                 *("--variant", ",".join(variant.name for variant in args.variant)),
                 *(["--no-compile"] if args.no_compile else []),
@@ -206,5 +214,5 @@ def _show(records: Sequence[report.Record], with_targets: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(report.results_table(records))
     if with_targets:
-        lines = judge(records)
+        lines = judge([record for record in records if record["device"] == "cpu"])
         console.print(report.targets_table(lines) if lines else "targets: none is set for these losses and this mode")

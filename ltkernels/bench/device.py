@@ -1,7 +1,6 @@
 """The machine under measurement: how a call is timed, what memory it takes, and how the machine is named.
 
-A device is the whole difference between CPU and GPU for the runner. One for CUDA answers the same four questions with
-events, ``torch.cuda.max_memory_allocated`` and the device's properties.
+A device is the whole difference between CPU and GPU for the runner.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -94,6 +94,63 @@ class Cpu:
             "kernel_isa": backends.cpu_instruction_set() if "cpu" in backends.available_backends("cpu") else None,
             "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         }
+
+
+class Cuda:
+    """The current GPU. A call is over when the GPU has done what it was given: launches are in the time."""
+
+    name = "cuda"
+
+    def time(self, call: Call) -> Sample:
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        call()
+        torch.cuda.synchronize()
+        return Sample((time.perf_counter_ns() - start) * 1e-9, 0)
+
+    def peak_bytes(self, call: Call) -> int:
+        """As PyTorch's allocator counts, which rounds each tensor up to 512 bytes."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def kernels(self, call: Call) -> list[tuple[str, float]]:
+        """What one call runs on the GPU, kernels, copies and fills: names and seconds, from the profiler."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        return [
+            (event.name, event.time_range.elapsed_us() * 1e-6)
+            for event in profile.events() or ()
+            if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
+        ]
+
+    def describe(self) -> dict[str, object]:
+        properties = torch.cuda.get_device_properties()
+        return {
+            "device": self.name,
+            "cpu": f"{_cpu_model()}, {os.cpu_count()} logical cores",
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "kernel_isa": f"sm_{properties.major}{properties.minor}",
+            "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_mb": round(properties.L2_cache_size / 2**20, 1),
+            "gpu_memory_gb": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "triton": _version("triton"),
+        }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _page_faults() -> int:

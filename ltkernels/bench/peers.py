@@ -233,7 +233,7 @@ def loss_forms(variant: Variant, problem: Problem, dtype: torch.dtype) -> dict[s
         problem: inputs, for the class counts and weights.
         dtype: type that the tables (weights, adjustments, margins) take in the plain forms.
     """
-    module = variant.ours(problem)
+    module = variant.ours(problem).to(problem.logits.device)
     forms: dict[str, LossFn] = {OURS: as_function(module), MODULE: module, EAGER: variant.eager(problem, dtype)}
     if variant.published is not None:
         forms[PUBLISHED] = variant.published(problem, dtype)

@@ -133,7 +133,8 @@ def machine(records: Sequence[Record]) -> str:
     first = records[0]
     version = f"ltkernels {first['ltkernels']}" + (f" at {first['git']}" if first["git"] else "")
     version += f" ({first['kernel_isa']})" if first["kernel_isa"] else ""
-    return f"{first['cpu']}, {first['isa']}, torch {first['torch']}, {version}, {first['utc'][:10]}"
+    where = first.get("gpu") or f"{first['cpu']}, {first['isa']}"
+    return f"{where}, torch {first['torch']}, {version}, {first['utc'][:10]}"
 
 
 COLOURS = {

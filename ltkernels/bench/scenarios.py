@@ -71,21 +71,21 @@ def make_problem(shape: Scenario, dtype: torch.dtype, *, cosine: bool, device: s
         shape: batch shape.
         dtype: type of the logits.
         cosine: draw logits from [-1, 1], as a normalised head gives them; otherwise normal with deviation 2.
-        device: where the tensors live.
+        device: where the tensors live, and are drawn: the same seed gives other numbers there.
         seed: of the generator.
 
     Returns:
         A problem whose logits are a *non-leaf* that requires a gradient, as a head would hand them over: no
         ``AccumulateGrad`` node, so no copy of the gradient enters the time.
     """
-    generator = torch.Generator().manual_seed(seed)
-    decay = torch.linspace(0, 1, shape.c, dtype=torch.float64)
+    generator = torch.Generator(device).manual_seed(seed)
+    decay = torch.linspace(0, 1, shape.c, dtype=torch.float64, device=device)
     counts = (LARGEST_CLASS * IMBALANCE_FACTOR**-decay).round().long()
     target = torch.multinomial(counts.double(), shape.n, replacement=True, generator=generator)
     if cosine:
-        values = torch.rand(shape.n, shape.c, generator=generator) * 2 - 1
+        values = torch.rand(shape.n, shape.c, generator=generator, device=device) * 2 - 1
     else:
-        values = torch.randn(shape.n, shape.c, generator=generator) * 2
-    leaf = values.to(device=device, dtype=dtype).requires_grad_()
+        values = torch.randn(shape.n, shape.c, generator=generator, device=device) * 2
+    leaf = values.to(dtype).requires_grad_()
     weight = counts.sum() / (shape.c * counts)  # inverse frequency, scikit-learn's "balanced"
-    return Problem(leaf.view_as(leaf), target.to(device), counts.to(device), weight.float().to(device))
+    return Problem(leaf.view_as(leaf), target, counts, weight.float())

@@ -12,7 +12,7 @@ from torch import Tensor
 # run at the same time must not share one. Calls on one stream never do.
 
 _TICKETS = 1024
-_POOL = 65536
+_POOL = 1 << 18
 _of_stream: dict[tuple[int, int], Tensor] = {}
 _of_graphs: dict[int, tuple[Tensor, int]] = {}
 
