@@ -93,9 +93,9 @@ def class_vector(name: str, value: Tensor | float, logits: Tensor, scalar: bool 
     if scalar and isinstance(value, Real) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise ValueError(f"{name}: expected finite values, found {float(value):g} at index 0")
-        # Kernels on a GPU read it on the host: a tensor there would be one more launch in every call.
-        device = logits.device if torch.compiler.is_compiling() else "cpu"
-        return torch.full((1,), float(value), dtype=dtype, device=device)
+        if torch.compiler.is_compiling() and not logits.is_cpu:
+            return torch.full((num_classes,), float(value), dtype=dtype, device=logits.device)
+        return torch.full((1,), float(value), dtype=dtype)  # kernels on a GPU read it here: no launch for a number
     if scalar and not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or a number, found {type(value).__name__}")
     value = tensor(name, value)

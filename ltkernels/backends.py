@@ -82,8 +82,9 @@ def _load_cuda_library() -> str | None:
         return f"{library.name} was not built: ltkernels was installed without nvcc"
     try:
         torch.ops.load_library(str(library))
+        torch.ops.ltkernels_cuda.probe()  # an older driver, or a GPU that it was not built for
     except (OSError, RuntimeError) as error:
-        return f"{library.name} could not be loaded: {str(error).splitlines()[0]}"
+        return f"{library.name} cannot be used: {str(error).splitlines()[0]}"
     return None
 
 

@@ -297,14 +297,17 @@ def test_memory_beside_logits_and_gradient_is_of_rows_and_classes(call: str, dty
         before = torch.cuda.memory_allocated()
         step(loss, leaf, target, one)
         beyond = torch.cuda.max_memory_allocated() - before - leaf.nbytes
-    assert beyond <= 64 * (n + C) + 64 * 1024  # each of some twenty tensors is rounded up to 512 bytes
+    least = 64 * 1024  # each of some twenty tensors is rounded up to 512 bytes
+    if call == "learnable":  # sums of a fixed number of blocks, whatever the batch is
+        least += 2 * 4 * 128 * 16 * torch.cuda.get_device_properties(0).multi_processor_count + 8 * C
+    assert beyond <= 64 * (n + C) + least
 
 
 # --- Around it ---
 
 
 @each_backend
-@pytest.mark.parametrize("call", ["CrossEntropyLoss", "LogitAdjustedLoss", "LDAMLoss", "learnable"])
+@pytest.mark.parametrize("call", ["CrossEntropyLoss", "LogitAdjustedLoss", "LDAMLoss", "CosFaceLoss", "learnable"])
 def test_compiled_forward_and_backward(call: str, form: Form) -> None:
     loss, one = CALLS[call](), torch.ones((), device="cuda")
     torch._dynamo.reset()
@@ -320,6 +323,22 @@ def test_compiled_forward_and_backward(call: str, form: Form) -> None:
                 grads = torch.autograd.grad(value, [leaf, *parameters], one.expand(value.shape))
                 results.append([value.detach(), *grads])
             assert_equal(*results)
+
+
+@each_backend
+def test_compiled_into_a_graph(form: Form) -> None:
+    """mode="reduce-overhead" warms up in a graph's own memory, in which no counter of ours may stay."""
+    loss, one = CALLS["LogitAdjustedLoss"](), torch.ones((), device="cuda")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: loss(x * 2, y), fullgraph=True, mode="reduce-overhead")
+    with form.use():
+        for seed_of_batch in range(5):
+            leaf, target = batch(32 + seed_of_batch // 4, C)
+            leaf.requires_grad_()
+            results = []
+            for value in (compiled(leaf, target), loss(leaf * 2, target)):
+                results.append([value.detach().clone(), *torch.autograd.grad(value, [leaf], one)])
+            torch.testing.assert_close(results[0], results[1])
 
 
 @each_backend

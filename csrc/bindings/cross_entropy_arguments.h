@@ -67,6 +67,7 @@ inline Layout row_layout(const Tensor& tensor) {
 
 struct Device {
   int32_t type, index;
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
 };
 inline Device device_of(const Tensor& tensor) {
   Device device;
@@ -125,14 +126,19 @@ void check_sizes(const Arguments& a) {
   if ((a.input.dim() != 2 && a.input.dim() != 3) || a.input.size(1) == 0 || !is_floating(element_type(a.input)))
     fail("expected floating logits (N, C) or (N, C, D) with C >= 1");
   const int64_t classes = a.input.size(1), rows = a.input.numel() / classes;
-  const auto fits = [](const OptionalTensor& parameter, int64_t count) {
-    return !parameter ||
-           (parameter->numel() == count && parameter->scalar_type() == type_of<T>() && parameter->is_contiguous());
+  const Device device = device_of(a.input);
+  const auto here = [&](const Tensor& tensor) { return device_of(tensor) == device; };
+  const auto fits = [&](const OptionalTensor& parameter, int64_t count) {
+    return !parameter || (parameter->numel() == count && parameter->scalar_type() == type_of<T>() &&
+                          parameter->is_contiguous() && here(*parameter));
   };
+  const bool one_margin = a.class_margin && a.class_margin->numel() == 1 &&
+                          a.class_margin->scalar_type() == type_of<T>() &&
+                          device_of(*a.class_margin).type == aoti_torch_device_type_cpu();
   const bool good = fits(a.weight, classes) && fits(a.class_scale, classes) && fits(a.class_bias, classes) &&
-                    (fits(a.class_margin, classes) || fits(a.class_margin, 1)) && fits(a.sample_weight, rows) &&
+                    (one_margin || fits(a.class_margin, classes)) && fits(a.sample_weight, rows) && here(a.target) &&
                     (is_floating(element_type(a.target)) ? same_shape(a.target, a.input) : a.target.numel() == rows);
-  if (!good) fail("a target or parameter has another size or type than the logits ask for");
+  if (!good) fail("a target or parameter has another size, type or device than the logits ask for");
 }
 
 #define LTK_CROSS_ENTROPY_ARGUMENTS                                                                                 \

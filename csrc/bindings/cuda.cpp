@@ -57,21 +57,17 @@ Call<T> prepare(const Arguments& a, const Tensor& tickets, const Tensor& error_w
   call.bias = data<T>(a.class_bias);
   call.weight = data<T>(a.weight);
   call.row_weight = data<T>(a.sample_weight);
-  if (a.class_margin) {
-    const bool on_host = device_of(*a.class_margin).type == aoti_torch_device_type_cpu();
-    if (on_host && a.class_margin->numel() == 1)
-      call.one_margin = *data<T>(a.class_margin);
-    else if (a.class_margin->numel() == call.classes)
-      call.margin = data<T>(a.class_margin);
-    else
-      fail("expected one margin on the CPU or one a class on the device");
-  }
+  if (a.class_margin && device_of(*a.class_margin).type == aoti_torch_device_type_cpu() && a.class_margin->numel() == 1)
+    call.one_margin = *data<T>(a.class_margin);
+  else
+    call.margin = data<T>(a.class_margin);
   call.options = {T(a.label_smoothing), T(a.label_smoothing / double(call.classes)),
                   T(call.classes),      T(a.focal_gamma),
                   T(a.z_loss),          a.focal_weighted,
                   a.focal_detached};
-  if (tickets.numel() < 1 || tickets.scalar_type() != ScalarType::Int || error_word.scalar_type() != ScalarType::Int)
-    fail("expected int32 tickets and error word");
+  if (tickets.numel() < 1 || tickets.scalar_type() != ScalarType::Int || !(device_of(tickets) == device_of(a.input)) ||
+      error_word.scalar_type() != ScalarType::Int || device_of(error_word).type != aoti_torch_device_type_cpu())
+    fail("expected int32 tickets on the device and an int32 error word in pinned memory");
   call.tickets = static_cast<int*>(tickets.mutable_data_ptr());
   call.error = static_cast<int*>(error_word.mutable_data_ptr());
   return call;
@@ -191,6 +187,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_backward(
   });
 }
 
+// Whether the library's code runs on the current device: raises what CUDA says is wrong.
+int64_t probe() {
+  check(ltk::cuda::probe());
+  return 0;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ltkernels_cuda, m) {
@@ -200,7 +202,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ltkernels_cuda, m) {
       "cross_entropy_backward(Tensor grad, Tensor state, " LTK_CROSS_ENTROPY_ARGUMENTS
       ", bool need_input, bool need_class_scale, bool need_class_bias, bool inplace, Tensor tickets, Tensor error_word)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def("probe() -> int");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(ltkernels_cuda, CompositeExplicitAutograd, m) { m.impl("probe", TORCH_BOX(&probe)); }
 
 #if defined(LTK_EMULATE)
 STABLE_TORCH_LIBRARY_IMPL(ltkernels_cuda, CPU, m) {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cuda/cross_entropy.h"
+#include "cuda/elements.cuh"
 #include "cuda/simt.h"
 
 namespace ltk::cuda {
@@ -16,7 +17,7 @@ struct Shared {
   float maxima[32], sums[2][32];  // of each warp
   float cluster_maximum, cluster_sums[2];
   int last;
-  double totals[2][32];
+  double totals[2][32], row[32];
 };
 constexpr int64_t shared_header = (sizeof(Shared) + 15) / 16 * 16;
 
@@ -38,11 +39,8 @@ LTK_DEVICE float group_max(float value) {
   if (group == Group::block) return value;
   if (simt::thread() == 0) s.cluster_maximum = value;
   simt::sync_cluster();
-  for (int rank = 0; rank < simt::cluster_size(); ++rank) {
-    const float other = simt::read_cluster(&s.cluster_maximum, rank);
-    value = other > value ? other : value;
-  }
-  return value;
+  // A lane reads a block each: the latencies of the network between them come once, not one after the other.
+  return simt::warp_max(lane() < simt::cluster_size() ? simt::read_cluster(&s.cluster_maximum, lane()) : -INFINITY);
 }
 
 // Sums of `a` and, if asked for, of `b`.
@@ -65,11 +63,9 @@ LTK_DEVICE void group_sum(float* a, float* b, bool both) {
     s.cluster_sums[1] = *b;
   }
   simt::sync_cluster();
-  *a = *b = 0.0f;
-  for (int rank = 0; rank < simt::cluster_size(); ++rank) {
-    *a += simt::read_cluster(&s.cluster_sums[0], rank);
-    *b += simt::read_cluster(&s.cluster_sums[1], rank);
-  }
+  const bool reads = lane() < simt::cluster_size();
+  *a = simt::warp_sum(reads ? simt::read_cluster(&s.cluster_sums[0], lane()) : 0.0f);
+  if (both) *b = simt::warp_sum(reads ? simt::read_cluster(&s.cluster_sums[1], lane()) : 0.0f);
 }
 
 // Sums over a block in a fixed order; thread 0 gets them. Ends with a barrier.
@@ -143,16 +139,36 @@ struct Label {
   int error;
 };
 template <class T>
-LTK_DEVICE Label read_label(const Call<T>& call, int64_t row) {
-  const int64_t y = label_at(call.target, call.target_type, call.target_layout.offset(row));
+LTK_DEVICE int64_t raw_label(const Call<T>& call, int64_t row) {
+  return label_at(call.target, call.target_type, call.target_layout.offset(row));
+}
+template <class T>
+LTK_DEVICE Label check_range(const Call<T>& call, int64_t y) {
   const bool beyond = call.target_type == ElementType::u64 && y < 0;  // 2^63 or more
-  Label label{y, y == call.ignore_index && !beyond, 0};
-  if (label.ignored) return label;
-  if (y < 0 || y >= call.classes)
-    label.error = label_out_of_range;
-  else if (call.bias != nullptr && call.bias[y] == -T(INFINITY))
-    label.error = label_of_absent_class;
+  const bool ignored = y == call.ignore_index && !beyond;
+  return {y, ignored, !ignored && (y < 0 || y >= call.classes) ? label_out_of_range : 0};
+}
+template <class T>
+LTK_DEVICE bool is_absent(const Call<T>& call, int64_t y) {
+  return call.bias != nullptr && call.bias[y] == -T(INFINITY);
+}
+template <class T>
+LTK_DEVICE Label read_label(const Call<T>& call, int64_t row) {
+  Label label = check_range(call, raw_label(call, row));
+  if (!label.ignored && label.error == 0 && is_absent(call, label.y)) label.error = label_of_absent_class;
   return label;
+}
+
+template <class T>
+LTK_DEVICE RowState<T> read_state(const Call<T>& call, int64_t row) {
+  RowState<T> state;
+  if constexpr (sizeof(T) == 4) {
+    const Vector v = reinterpret_cast<const Vector*>(call.state)[row];
+    std::memcpy(&state, &v, sizeof state);
+  } else {
+    state = reinterpret_cast<const RowState<T>*>(call.state)[row];
+  }
+  return state;
 }
 
 template <class T>

@@ -69,6 +69,9 @@ const char* forward(const Call<T>& call, void* stream);
 template <class E, class T>
 const char* backward(const Call<T>& call, void* stream);
 
+// Null if the current device can run this library's code, else what CUDA says is wrong.
+const char* probe();
+
 // Tickets that a backward with sums over rows takes.
 constexpr int column_threads = 128;  // columns that share one
 inline int64_t column_chunks(int64_t classes) { return (classes + column_threads - 1) / column_threads; }

@@ -14,7 +14,7 @@ LTK_DEVICE T row_sum(T value) {
   if (count == 1) return value;
   value = simt::warp_sum(value);
   if (count == simt::warp_size) return value;
-  double* slots = shared().totals[0];
+  double* slots = shared().row;
   simt::sync_block();  // the memory may still be read for the value before
   if (lane() == 0) slots[warp()] = double(value);
   simt::sync_block();
@@ -27,7 +27,7 @@ LTK_DEVICE T row_max(T value) {
   if (count == 1) return value;
   value = simt::warp_max(value);
   if (count == simt::warp_size) return value;
-  double* slots = shared().totals[0];
+  double* slots = shared().row;
   simt::sync_block();
   if (lane() == 0) slots[warp()] = double(value);
   simt::sync_block();
@@ -187,7 +187,7 @@ struct RowGradient {
     } else {
       target_offset = call.target_layout.offset(r);
     }
-    const RowState<T> state = reinterpret_cast<const RowState<T>*>(call.state)[r];
+    const RowState<T> state = read_state(call, r);
     factor = call.uniform_scale * inverse_denominator * call.upstream[call.upstream_layout.offset(r)];
     max = state.max;
     probability = factor * state.probability;
@@ -231,7 +231,7 @@ backward_any(const Call<T> call) {
 // With sums over rows: a thread keeps a column and walks down the rows of its block (x: a split of the rows, tile: the
 // columns). The last split of a tile adds the sums up, in the order of the splits.
 template <class E, class T>
-LTK_KERNEL(column_threads, 8)
+LTK_KERNEL(column_threads, sizeof(T) == 8 ? 3 : 6)
 backward_columns(const Call<T> call) {
   RowOptions<T> options = call.options;
   count_smoothing(call, &options);
@@ -241,17 +241,30 @@ backward_columns(const Call<T> call) {
        begin += int64_t(simt::tiles()) * column_threads) {
     const int64_t j = begin + simt::thread();
     T scale_sum = T(0), bias_sum = T(0);
-    for (int64_t r = call.rows * split / splits; j < call.classes && r < call.rows * (split + 1) / splits; ++r) {
-      const AnyRow<E, T> row(call, r);
-      const RowGradient<T> gradient(call, options, r, inverse_denominator);
-      const T d = gradient.at(call, j, row.adjusted(j));
-      const T x = row.logit(j);
-      bias_sum += d;
-      // Whatever flows to a masked logit, it does not depend on the class's scale: -inf times anything is -inf.
-      scale_sum += x == -T(INFINITY) || gradient.ignored ? T(0) : d * x;
-      if (call.gradient != nullptr)
-        narrow(static_cast<E*>(call.gradient) + call.gradient_layout.offset(r) + j * call.gradient_layout.stride_class,
-               call.scale != nullptr ? call.scale[j] * d : d);
+    const int64_t end = j < call.classes ? call.rows * (split + 1) / splits : 0;
+    // Several rows at once, so that their loads are on the way together.
+    constexpr int together = 4;
+    for (int64_t first = call.rows * split / splits; first < end; first += together) {
+      T x[together], d[together];
+#pragma unroll
+      for (int i = 0; i < together; ++i) {
+        const int64_t r = first + i < end ? first + i : end - 1;
+        const AnyRow<E, T> row(call, r);
+        const RowGradient<T> gradient(call, options, r, inverse_denominator);
+        x[i] = gradient.ignored ? -T(INFINITY) : row.logit(j);
+        d[i] = gradient.at(call, j, row.adjusted(j));
+      }
+#pragma unroll
+      for (int i = 0; i < together; ++i) {
+        if (first + i >= end) break;
+        bias_sum += d[i];
+        // Whatever flows to a masked logit, it does not depend on the class's scale: -inf times anything is -inf.
+        scale_sum += x[i] == -T(INFINITY) ? T(0) : d[i] * x[i];
+        if (call.gradient != nullptr)
+          narrow(static_cast<E*>(call.gradient) + call.gradient_layout.offset(first + i) +
+                     j * call.gradient_layout.stride_class,
+                 call.scale != nullptr ? call.scale[j] * d[i] : d[i]);
+      }
     }
     if (j < call.classes) {
       if (call.scale_sums != nullptr) call.scale_partials[split * call.classes + j] = scale_sum;

@@ -85,7 +85,7 @@ ForwardPlan plan_vectors(const Call<float>& call, const simt::Device& device) {
     return plan.how.shared_bytes <= shared_header + table_bytes;
   };
   if (holds(4, 1)) return plan;
-  if (device.major >= 9) {
+  if (device.clusters) {
     for (const int cluster : {2, 4, 8})
       if (holds(4, cluster)) return plan;
     if (holds(8, 8)) return plan;
@@ -190,6 +190,7 @@ const char* backward_vectors_of(const Call<float>& call, const simt::Device& dev
                             call.rows * divide_up(vectors, part) < 2 * device.multiprocessors ||
                             divide_up(vectors, part) * backward_held * how.threads < vectors / 4))
       part = divide_up(part, 2);
+    part = std::max(part, divide_up(vectors, 65535));  // of the grid's second dimension
     part = divide_up(part, how.threads) * how.threads;
     arguments.vectors = int(part);
     how.tiles = int(divide_up(vectors, part));

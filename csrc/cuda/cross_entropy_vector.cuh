@@ -172,8 +172,10 @@ forward_vectors(const VectorCall arguments) {
                                                 : simt::block() / simt::cluster_size();
   const float scale2 = call.uniform_scale * log2_e<float>;
   Totals totals{0.0, 0.0};
+  int64_t next_label = start < call.rows ? raw_label(call, start) : 0;
   for (int64_t r = start; r < call.rows; r += stride) {
-    const Label label = read_label(call, r);
+    Label label = check_range(call, next_label);
+    if (r + stride < call.rows) next_label = raw_label(call, r + stride);  // or the next row's loads would wait for it
     if (label.ignored || label.error != 0) {
       if (mine == 0 && part == 0) add_row_without_logits(call, r, label, &totals);
       continue;
@@ -189,6 +191,11 @@ forward_vectors(const VectorCall arguments) {
     for (int i = 0; i < held; ++i) {
       const int v = begin + i * threads + mine;
       raw[i] = v < end ? row.load(v) : Vector{};
+    }
+    if (is_absent(call, y)) {
+      label.error = label_of_absent_class;
+      if (mine == 0 && part == 0) add_row_without_logits(call, r, label, &totals);
+      continue;
     }
     // While a block computes it loads nothing, and few blocks share a multiprocessor: memory would idle in between.
     // Meanwhile the next row comes into L2, a request for each line of 128 bytes.
@@ -267,16 +274,15 @@ backward_vectors(const VectorCall arguments) {
   const int64_t stride = group == Group::warp ? simt::blocks() * warps() : simt::blocks();
   const float scale2 = call.uniform_scale * log2_e<float>;
   const float inverse_denominator = read_inverse_denominator(call);
-  const RowState<float>* states = reinterpret_cast<const RowState<float>*>(call.state);
   for (int64_t r = group == Group::warp ? simt::block() * warps() + warp() : simt::block(); r < call.rows;
        r += stride) {
     const Label label = read_label(call, r);
     const AlignedRow<E> row(call.input, call.input_layout.offset(r), call.classes);
     const AlignedRow<E> out(call.gradient, call.gradient_layout.offset(r), call.classes);
     const bool together = row.shift == out.shift;
-    const RowTables<E, tables> table{call, &staged_tables, row};
-    const int end = row.vectors() < begin + arguments.vectors ? row.vectors() : begin + arguments.vectors;
-    const RowState<float> state = states[r];
+    const RowTables<E, tables> table{call, &staged_tables, out};
+    const int end = out.vectors() < begin + arguments.vectors ? out.vectors() : begin + arguments.vectors;
+    const RowState<float> state = read_state(call, r);
     const float factor = call.uniform_scale * inverse_denominator * call.upstream[call.upstream_layout.offset(r)];
     const float probability = factor * state.probability;
     const float smooth = factor * state.factor * options.smoothing_per_class;
@@ -285,7 +291,7 @@ backward_vectors(const VectorCall arguments) {
 #pragma unroll
       for (int i = 0; i < backward_held; ++i) {
         const int v = base + i * threads;
-        raw[i] = v < end && !label.ignored ? row.load(v) : Vector{};
+        raw[i] = v >= end || label.ignored ? Vector{} : together ? row.load(v) : row.load_from(out.first(v));
       }
 #pragma unroll
       for (int i = 0; i < backward_held; ++i) {
@@ -303,7 +309,7 @@ backward_vectors(const VectorCall arguments) {
 #pragma unroll
             for (int k = 0; k < n; ++k) d[k] -= smooth * table.smooth(v, v - begin, k);
           }
-          const int at = int(label.y) - row.first(v);
+          const int at = int(label.y) - out.first(v);
           if (unsigned(at) < unsigned(n)) {
 #pragma unroll
             for (int k = 0; k < n; ++k)
@@ -314,15 +320,7 @@ backward_vectors(const VectorCall arguments) {
             for (int k = 0; k < n; ++k) d[k] *= table.slope(v, v - begin, k);
           }
         }
-        if (together) {
-          out.store(v, d);
-        } else {  // the gradient's rows are aligned otherwise
-#pragma unroll
-          for (int k = 0; k < n; ++k) {
-            const int j = row.first(v) + k;
-            if (j >= 0 && j < row.classes) narrow(out.row + j, d[k]);
-          }
-        }
+        out.store(v, d);
       }
     }
   }

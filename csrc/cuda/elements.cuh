@@ -96,11 +96,15 @@ struct AlignedRow {
   LTK_DEVICE Vector load(int v) const {
     const E* from = row + first(v);
     if (whole(v)) return *reinterpret_cast<const Vector*>(from);
+    return load_from(first(v));
+  }
+  // The columns from `begin` on, wherever they lie; the cache serves what one access of a warp leaves of a line.
+  LTK_DEVICE Vector load_from(int begin) const {
     alignas(16) E parts[width<E>];
 #pragma unroll
     for (int k = 0; k < width<E>; ++k) {
-      const int j = first(v) + k;
-      parts[k] = j >= 0 && j < classes ? from[k] : E{};
+      const int j = begin + k;
+      parts[k] = j >= 0 && j < classes ? row[j] : E{};
     }
     Vector vector;
     std::memcpy(&vector, parts, sizeof vector);

@@ -25,7 +25,8 @@ namespace ltk::simt {
 constexpr int warp_size = 32;
 
 struct Device {
-  int multiprocessors, major, shared_bytes;
+  int multiprocessors;
+  bool clusters;
 };
 
 struct Launch {
@@ -212,7 +213,7 @@ inline uint32_t to_float16s(float low, float high) { return to_float16(low) | ui
 // several rows.
 inline const char* current_device(Device* device) {
   const char* major = std::getenv("LTK_EMULATE_MAJOR");
-  *device = {2, major != nullptr ? std::atoi(major) : 9, 227 * 1024};
+  *device = {2, major == nullptr || std::atoi(major) >= 9};
   return nullptr;
 }
 

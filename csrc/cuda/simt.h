@@ -60,6 +60,7 @@ LTK_DEVICE int cluster_rank() {
 }
 LTK_DEVICE void sync_cluster() {
   #if __CUDA_ARCH__ >= 900
+  __syncwarp();  // the barrier is one for whole warps
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
   #else
   __syncthreads();
@@ -129,10 +130,14 @@ LTK_DEVICE uint32_t to_float16s(float low, float high) {
   return bits;
 }
 
-// What the launcher has to know of the current device.
+// What the launcher has to know of the current device, and of the code that it runs there: code for an older
+// architecture, translated for this one, knows no clusters.
 struct Device {
-  int multiprocessors, major, shared_bytes;
+  int multiprocessors;
+  bool clusters;
 };
+
+static __global__ void probe() {}
 
 inline const char* current_device(Device* device) {
   static thread_local int known = -1;
@@ -140,10 +145,11 @@ inline const char* current_device(Device* device) {
   int index = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error == cudaSuccess && index != known) {
-    error = cudaDeviceGetAttribute(&cached.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&cached.major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaFuncAttributes code = {};
+    error = cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(&probe));
+    cached.clusters = code.ptxVersion >= 90;
     if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&cached.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+      error = cudaDeviceGetAttribute(&cached.multiprocessors, cudaDevAttrMultiProcessorCount, index);
     if (error == cudaSuccess) known = index;
   }
   *device = cached;

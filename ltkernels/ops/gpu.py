@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Lock, Thread
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from torch import Tensor
 # Whoever comes last puts it back to zero, so a counter is zeroed once and then serves call after call; only calls that
 # run at the same time must not share one. Calls on one stream never do.
 
+_lock = Lock()
 _TICKETS = 1024
 _POOL = 1 << 18
 _of_stream: dict[tuple[int, int], Tensor] = {}
@@ -30,18 +33,39 @@ def tickets(device: torch.device, count: int = 1) -> Tensor:
         stream = torch._C._cuda_getCurrentRawStream(index)
         capturing = torch.cuda.is_current_stream_capturing()
     if capturing:
-        pool, used = _of_graphs.get(index, (None, 0))
-        if pool is None or used + count > pool.numel():
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        _of_graphs[index] = (pool, used + count)
-        return pool[used : used + count]
+        with _lock:
+            pool, used = _of_graphs.get(index, (None, 0))
+            if pool is not None and used + count <= pool.numel():
+                _of_graphs[index] = (pool, used + count)
+                return pool[used : used + count]
+        return torch.zeros(count, dtype=torch.int32, device=device)
     found = _of_stream.get((index, stream))
     if found is None or found.numel() < count:
-        found = torch.zeros(max(count, _TICKETS), dtype=torch.int32, device=device)
-        _of_stream[index, stream] = found
-        if index not in _of_graphs:
-            _of_graphs[index] = (torch.zeros(_POOL, dtype=torch.int32, device=device), 0)
+        with _lock:
+            found = _of_stream[index, stream] = _lasting_zeros(max(count, _TICKETS), device)
+            if index not in _of_graphs:
+                _of_graphs[index] = (_lasting_zeros(_POOL, device), 0)
     return found
+
+
+def _lasting_zeros(count: int, device: torch.device) -> Tensor:
+    """Zeros that stay: a thread of its own allocates them, since this one's memory may come from a graph's pool.
+
+    ``torch.compile(mode="reduce-overhead")`` warms up with such a pool, and refuses what outlives the warm-up in it.
+    """
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    made: list[Tensor] = []
+
+    def allocate() -> None:
+        made.append(torch.zeros(count, dtype=torch.int32, device=device))
+
+    thread = Thread(target=allocate)
+    thread.start()
+    thread.join()
+    (zeros,) = made
+    torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))  # which the other thread used
+    return zeros
 
 
 # --- Reports ---
@@ -75,7 +99,7 @@ def check() -> None:
         >>> import ltkernels as ltk
         >>> ltk.check()  # nothing to report
     """
-    for index, word in _words.items():
+    for index, word in list(_words.items()):  # another thread may add one
         code = word.item()
         if code == 0:
             continue
