@@ -91,9 +91,10 @@ def class_vector(name: str, value: Tensor | float, logits: Tensor, scalar: bool 
     ):
         return value
     if scalar and isinstance(value, Real) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        compiling = torch.compiler.is_compiling()  # the number may be a symbol then
+        if not compiling and not math.isfinite(value):
             raise ValueError(f"{name}: expected finite values, found {float(value):g} at index 0")
-        if torch.compiler.is_compiling() and not logits.is_cpu:
+        if compiling and not logits.is_cpu:
             return torch.full((num_classes,), float(value), dtype=dtype, device=logits.device)
         return torch.full((1,), float(value), dtype=dtype)  # kernels on a GPU read it here: no launch for a number
     if scalar and not isinstance(value, Tensor):
