@@ -28,10 +28,16 @@ def entry(kernel: Kernel) -> Entry:
     }
 
 
-def faults(kernel: Kernel) -> list[str]:
+OTHER_COMPILER_STACK = 16
+"""Bytes of stack that such another version may need, with as many accesses: Triton 3.7 keeps a scalar there now and
+then, outside of loops."""
+
+
+def faults(kernel: Kernel, same_compiler: bool = True) -> list[str]:
     """What is wrong with a kernel whatever the budget says: no update of the budget makes it right."""
     found = []
-    if kernel.stack or kernel.local_accesses:
+    allowed = 0 if same_compiler else OTHER_COMPILER_STACK
+    if kernel.stack > allowed or kernel.local_accesses > allowed:
         found.append(f"spills: {kernel.stack} bytes of stack, {kernel.local_accesses} accesses of local memory")
     if kernel.float_atomics:
         found.append(f"{kernel.float_atomics} atomics on floating-point numbers: sums depend on the order of blocks")
@@ -78,11 +84,12 @@ def check(kernels: Iterable[Kernel], compilers: Mapping[str, str], budget: Budge
     for kernel in kernels:
         allowed = entries.pop(kernel.key, None)
         where = f"{kernel.backend} {kernel.source} {kernel.name} {kernel.arch}"
-        reasons = faults(kernel)
+        same_compiler = budget["compilers"].get(kernel.backend) == compilers[kernel.backend]
+        reasons = faults(kernel, same_compiler)
         if allowed is None:
             reasons.append("not in the budget: look at it, then --update")
         else:
-            reasons += excesses(kernel, allowed, budget["compilers"].get(kernel.backend) == compilers[kernel.backend])
+            reasons += excesses(kernel, allowed, same_compiler)
         wrong += [f"{where}: {reason}" for reason in reasons]
     gone = "in the budget and not in the tree: --update takes it out"
     return wrong + [f"{' '.join(key)}: {gone}" for key in entries]
