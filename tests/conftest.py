@@ -9,10 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 
+collect_ignore = []
+if not (torch.cuda.is_available() or os.environ.get("LTK_EMULATED_CUDA") or os.environ.get("TRITON_INTERPRET")):
+    collect_ignore.append("test_gpu_kernels.py")  # no GPU backend in this process: test_cuda.py starts some that have
+
 try:
     from hypothesis import HealthCheck, settings
 except ImportError:  # a machine with a GPU that nothing can be installed on
-    collect_ignore = ["test_cross_entropy_properties.py"]
+    collect_ignore.append("test_cross_entropy_properties.py")
 else:
     # Derandomised: the examples follow from the test's code alone, so a red run is red again for whoever looks at it.
     # Deadlines are off because shared machines stall. `HYPOTHESIS_PROFILE=explore` draws new and more examples.

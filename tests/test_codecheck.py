@@ -181,7 +181,10 @@ def test_other_compiler_is_compared_loosely(path: Path) -> None:
     assert budget.check([allowed], other, budget.load(path)) == []
     assert len(budget.check([replace(allowed, registers=33 + slack)], other, budget.load(path))) == 1
     assert len(budget.check([replace(allowed, loads={64: 8})], other, budget.load(path))) == 1
-    assert len(budget.check([replace(allowed, stack=8)], other, budget.load(path))) == 1
+    stack = budget.OTHER_COMPILER_STACK
+    assert budget.check([replace(allowed, stack=stack)], other, budget.load(path)) == []
+    assert len(budget.check([replace(allowed, stack=stack + 1)], other, budget.load(path))) == 1
+    assert len(budget.check([replace(allowed, local_accesses=stack + 1)], other, budget.load(path))) == 1
 
 
 def test_half_that_is_missing_keeps_its_budget(path: Path) -> None:

@@ -152,6 +152,8 @@ def forward(
     margin = 0.0
     if class_margin is not None and class_margin.device.type == "cpu" and class_margin.numel() == 1:
         margin, class_margin = class_margin.item(), None
+    elif class_margin is not None and class_margin.numel() != shape[1]:
+        raise RuntimeError("ltkernels: expected one margin on the CPU or one a class on the device")
     _launch(
         forward_kernel, plan, device, input, target, weight, class_scale, class_bias, class_margin, sample_weight, loss,
         state, sums, partials, gpu.tickets(device), gpu.error_word(device), *plan.numbers, ignore_index, reduction,
