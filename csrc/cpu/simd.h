@@ -167,7 +167,7 @@ inline T max_lanes(Vec<T> v) {
 // Chebyshev nodes (relative error of e^r: 1.0e-8 for float, 1.7e-17 for double); adding and subtracting `magic` rounds
 // to an integer, which is left in the low mantissa bits, from where a shift makes 2^n; for the smallest x that is the
 // bit pattern of 0.
-LTK_INLINE Vec<float> exponential(Vec<float> x) {
+static inline Vec<float> exponential(Vec<float> x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23
   x = maximum<float>(x, splat(-88.0f));
   const Vec<float> shifted = multiply_add<float>(x, splat(1.44269504f), splat(magic));
@@ -181,7 +181,7 @@ LTK_INLINE Vec<float> exponential(Vec<float> x) {
   return multiply_add<float>(q, power, power);
 }
 
-LTK_INLINE Vec<double> exponential(Vec<double> x) {
+static inline Vec<double> exponential(Vec<double> x) {
   const double magic = 6755399441055744.0;  // 1.5 * 2^52
   x = maximum<double>(x, splat(-709.0));
   const Vec<double> shifted = multiply_add<double>(x, splat(1.4426950408889634), splat(magic));
