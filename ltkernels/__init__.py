@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, bench, functional, losses, rebalance
+    from . import backends, bench, functional, losses, rebalance, samplers
     from .backends import available_backends, explain, use_backend
     from .heads import CosineLinear
     from .ops.gpu import check
@@ -32,10 +32,11 @@ __all__ = [
     "functional",
     "losses",
     "rebalance",
+    "samplers",
     "use_backend",
 ]
 
-_MODULES = ("backends", "bench", "functional", "losses", "rebalance")
+_MODULES = ("backends", "bench", "functional", "losses", "rebalance", "samplers")
 _OWNERS = {
     "CosineLinear": "heads",
     "available_backends": "backends",

@@ -189,6 +189,10 @@ def _check_name(name: str | None) -> None:
 _forced: str | None = os.environ.get("LTK_BACKEND") or None
 
 
+def _no_backward(*call: Any) -> Any:
+    raise AssertionError("an op without a gradient has no backward")
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One backend's implementation of one op: its callables and the calls it cannot serve."""
@@ -196,7 +200,7 @@ class Implementation:
     backend: str
     device: str | None
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    backward: Callable[..., Any] = _no_backward
     refuses: Callable[..., str | None] = lambda *call: None
     gradient_in_forward: bool = False
 
@@ -255,7 +259,7 @@ class Table:
     def preferred(self, input: Tensor) -> Preference | None:
         """The preference for logits like these, or none: then the order of the rows holds."""
         name = _device_name(input.device)
-        return next((p for p in self.preferences if p.holds(name, input.dtype, input.shape[1])), None)
+        return next((p for p in self.preferences if p.holds(name, input.dtype, input.shape[min(1, input.dim() - 1)])), None)
 
     def _find_candidates(self, device: torch.device) -> list[Implementation]:
         """What this process can use on the device: found once, since looking at every call costs microseconds."""

@@ -20,6 +20,18 @@ TITLES = {
 }
 """Methods in the order of tables and plots."""
 
+SAMPLERS = (
+    "instance",
+    "class_balanced",
+    "square_root",
+    "progressive",
+    "effective_number",
+    "reversed",
+    "class_aware",
+    "over_sampling",
+)
+"""Strategies of ``ltk.samplers.LongTailSampler`` that ``--sampler`` offers; an epoch is as long with each."""
+
 
 def trained_method(method: str) -> str:
     """The training run that a method's figures come from."""
@@ -65,6 +77,7 @@ class Settings:
     vs_gamma: float
     backend: str | None
     validate: bool
+    sampler: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ def runs(
     vs_gamma: float = VS_GAMMA,
     backend: str | None = None,
     validate: bool = False,
+    sampler: str = SAMPLERS[0],
 ) -> Iterator[Settings]:
     """The settings of every run that these methods need: all methods of a seed, then the next seed.
 
@@ -108,6 +122,7 @@ def runs(
                 vs_gamma=vs_gamma,
                 backend=backend,
                 validate=validate,
+                sampler=sampler,
             )
 
 

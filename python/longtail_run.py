@@ -2,8 +2,7 @@
 
 A run is a function of its settings: stopped anywhere and resumed from its checkpoint, it ends with the same bits. For
 that a checkpoint holds the model, the optimizer, the loss (schedules such as DRW live in its buffers), the
-learning-rate schedule, torch's random state, and the data order: its generator, the permutation of the epoch under
-way, and the position in it.
+learning-rate schedule, torch's random state, and where in its stream the sampler is: three numbers.
 """
 
 from __future__ import annotations
@@ -83,9 +82,9 @@ class Run:
         self.settings, self.data, self.batches = settings, data, batches
         part = longtail_data.split(data, settings.seed, validate=settings.validate)
         self.labels = torch.from_numpy(data.labels)
-        self.train, self.test = torch.from_numpy(part.train), torch.from_numpy(part.test)
+        self.test = torch.from_numpy(part.test)
         self.class_counts = torch.from_numpy(part.class_counts)
-        self.steps_per_epoch = math.ceil(len(self.train) / settings.batch_size)
+        self.steps_per_epoch = math.ceil(len(part.train) / settings.batch_size)
         self.total_steps = settings.epochs * self.steps_per_epoch
 
         torch.manual_seed(settings.seed)
@@ -96,8 +95,14 @@ class Run:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate, fused=True)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=self.total_steps)
 
-        self.order_generator = torch.Generator().manual_seed(settings.seed)
-        self.order = torch.empty(0, dtype=torch.int64)
+        self.sampler = ltk.samplers.LongTailSampler(
+            data.labels,
+            settings.sampler,
+            indices=part.train,
+            num_samples=len(part.train),
+            seed=settings.seed,
+            **({"epochs": settings.epochs} if settings.sampler == "progressive" else {}),
+        )
         self.step = 0
         self.losses: list[float] = []
         self.timings: dict[str, list[float]] = {"step": [], "loss": [], "plain_loss": []}
@@ -111,13 +116,14 @@ class Run:
         }
 
     def train_step(self) -> None:
-        """One step of the run; the first of an epoch draws the order of the samples."""
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        if position == 0:
+        """One step of the run."""
+        epoch, batch = divmod(self.step, self.steps_per_epoch)
+        if batch == 0:
             self.loss.set_epoch(epoch)
-            self.order = self.train[torch.randperm(len(self.train), generator=self.order_generator)]
+            self.sampler.set_epoch(epoch)
             self.losses.append(0.0)
-        rows = self.order[position * self.settings.batch_size :][: self.settings.batch_size]
+        first = batch * self.settings.batch_size
+        rows = self.sampler.indices(first, min(first + self.settings.batch_size, len(self.sampler)))
 
         start = time.perf_counter()
         logits = self.model(*self.batches.batch(rows))
@@ -169,8 +175,7 @@ class Run:
             "loss": self.loss.state_dict(),
             "schedule": self.schedule.state_dict(),
             "random": torch.get_rng_state(),
-            "order_generator": self.order_generator.get_state(),
-            "order": self.order,
+            "sampler": self.sampler.state_dict(consumed=self.step % self.steps_per_epoch * self.settings.batch_size),
             "step": self.step,
             "losses": self.losses,
             "timings": self.timings,
@@ -182,8 +187,8 @@ class Run:
         self.loss.load_state_dict(state["loss"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
-        self.order_generator.set_state(state["order_generator"])
-        self.order, self.step = state["order"], state["step"]
+        self.sampler.load_state_dict(state["sampler"])
+        self.step = state["step"]
         self.losses, self.timings = state["losses"], state["timings"]
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ killed goes on with --resume, and ends with the same result.
   python python/train.py --method ce la --seeds 1       two methods, once
   python python/train.py --data tokens                  needs no package with data
   python python/train.py --resume                       the first call again, from its checkpoints
+  python python/train.py --sampler square_root          samples drawn by the square root of their class's size
   python python/train.py --method vs --vs-gamma 0.2 --validate
                                                         try a setting without looking at the test part
 
@@ -38,7 +39,7 @@ if missing := [name for name in ("numpy", "torch", "rich", "matplotlib") if impo
 import longtail_data
 import longtail_plan
 import longtail_report as report
-from longtail_plan import TITLES, Task, work
+from longtail_plan import SAMPLERS, TITLES, Task, work
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from workers import WorkerFailed, run_all
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             vs_gamma=args.vs_gamma,
             backend=args.backend,
             validate=args.validate,
+            sampler=args.sampler,
         )
     ]
     errors = Console(stderr=True, soft_wrap=True)
@@ -138,6 +140,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="extend",
         metavar="METHOD",
         help=f"one or more of {', '.join(TITLES)}; may be given several times (default: all)",
+    )
+    parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default=SAMPLERS[0],
+        metavar="STRATEGY",
+        help=f"what the samples of an epoch are: one of {', '.join(SAMPLERS)} (default: %(default)s, every sample once)",
     )
     parser.add_argument("--epochs", type=_at_least_one, help="epochs a run (default: the data set's recipe)")
     parser.add_argument("--seeds", type=_at_least_one, default=2, help="runs of each method (default: %(default)s)")

@@ -11,7 +11,8 @@ import torch
 
 collect_ignore = []
 if not (torch.cuda.is_available() or os.environ.get("LTK_EMULATED_CUDA") or os.environ.get("TRITON_INTERPRET")):
-    collect_ignore.append("test_gpu_kernels.py")  # no GPU backend in this process: test_cuda.py starts some that have
+    # No GPU backend in this process: test_cuda.py and test_triton.py start some that have.
+    collect_ignore += ["test_gpu_kernels.py", "test_sampling_gpu.py"]
 
 try:
     from hypothesis import HealthCheck, settings

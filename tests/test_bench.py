@@ -209,6 +209,7 @@ def our_record(variant: str, scenario_name: str, **changes) -> dict:
     shape = scenario(scenario_name)
     record = {
         **{
+            "op": "cross_entropy",
             "peer": peers.OURS,
             "mode": "fwd_bwd",
             "memory": "default",

@@ -236,6 +236,28 @@ def test_bounds_of_cross_entropy() -> None:
     assert roofline.bound(block, h100, 128, 1.0, 256_000, "BFloat16") < 0.1  # all launch
 
 
+def test_bounds_of_sampling() -> None:
+    draw = replace(
+        KERNEL, source="sampling.cu", name="draw<true>", loads={64: 7, 32: 3}, stores={128: 1, 64: 1}, instructions=260
+    )
+    deal = replace(draw, name="deal<true>", stores={64: 1})
+    of_triton = replace(deal, backend="triton", source="sampling", name="draw<weighted, singletons>", stores={64: 4})
+    probe = replace(draw, name="probe", stores={})
+    # An index of 8 bytes, and a sector for the member; where every sample is a class, one more for its alias entry.
+    assert [roofline.bytes_a_draw(k) for k in (draw, deal, of_triton, probe, KERNEL)] == [40, 40, 72, None, None]
+    assert [roofline.held(k) for k in (draw, deal, of_triton)] == [2, 1, 4]
+    h100 = roofline.GPUS[1]
+    # 64 warps of 32 threads with two gathers each.
+    assert roofline.in_flight(draw, h100) == pytest.approx(64 * 32 * 2 * 32 / h100.bytes_to_have_in_flight)
+    found = {row.kernel: row for row in roofline.draws([draw, deal, probe, KERNEL])}
+    assert found.keys() == {"draw<true>", "deal<true>"}
+    assert found["draw<true>"].rate == pytest.approx(h100.copy / 40)
+    assert (found["draw<true>"].instructions, found["deal<true>"].instructions) == (130, None)
+    (slow,) = roofline.draws([replace(draw, instructions=26_000)])
+    assert slow.rate == pytest.approx(132 * 128 * 1.83e9 / 13_000), "four warps issue an instruction a clock each"
+    assert roofline.bytes_per_logit(draw) is None
+
+
 # --- Whole runs on small trees ---
 
 CUDA = {

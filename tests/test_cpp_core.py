@@ -19,7 +19,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITES = ("exponentials", "conversions", "kernels")
+SUITES = ("exponentials", "conversions", "kernels", "sampling")
 SETS = ("avx512", "avx2", "portable")
 NOT_ON_THIS_PROCESSOR = 77
 
@@ -56,9 +56,11 @@ def core_test(driver: ModuleType) -> Path:
         return driver.Unit(source, f"{out}/{name}.o", (*flags, *extra))
 
     units = [unit("csrc/cpu/dispatch.cpp", "dispatch", *SANITIZERS)]
-    units += [unit(f"tests/cpp/{name}.cpp", name, "-fsanitize=address") for name in ("main", "kernels_suite")]
+    suites = ("main", "kernels_suite", "sampling_suite")
+    units += [unit(f"tests/cpp/{name}.cpp", name, "-fsanitize=address") for name in suites]
     for isa, extra in driver.ISA_FLAGS.items():
-        for source in ("csrc/cpu/kernels_cross_entropy.cpp", "tests/cpp/simd_suite.cpp"):
+        kernels = ("csrc/cpu/kernels_cross_entropy.cpp", "csrc/cpu/kernels_sampling.cpp")
+        for source in (*kernels, "tests/cpp/simd_suite.cpp"):
             units.append(unit(source, f"{isa}_{Path(source).stem}", f"-DLTK_ISA={isa}", *extra, *SANITIZERS))
     cxx = driver.compiler()
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VALUES = tuple(
     f"tests/test_cross_entropy_{part}.py" for part in ("values", "limits", "golden", "torch", "inplace", "safety")
 )
-KERNELS = ("tests/test_gpu_kernels.py",)
+KERNELS = ("tests/test_gpu_kernels.py", "tests/test_sampling_gpu.py")
 
 
 @pytest.fixture(scope="module")

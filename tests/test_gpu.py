@@ -16,6 +16,7 @@ from loss_cases import COUNTS, EVERY, WEIGHT, C
 from torch import Tensor
 
 import ltkernels as ltk
+from ltkernels.samplers import AliasTable, ClassIndex, ClassRounds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -164,6 +165,79 @@ def test_graph_with_a_label_out_of_range_reports_it(form: Form) -> None:
         assert loss.isnan().tolist() == [False, False, True, False, False, False]
         with pytest.raises(IndexError, match="found another in an earlier call on cuda:0"):
             ltk.check()
+
+
+# --- Streams of samples ---
+
+STREAMS: dict[str, Callable[[], dict[str, Any]]] = {
+    "uniform": dict,
+    "weighted": lambda: {"class_probs": AliasTable(torch.arange(C) + 1).to("cuda")},
+    "rounds": lambda: {"replacement": False},
+    "slots": lambda: {"class_probs": ClassRounds(C, torch.arange(C) + 1).to("cuda"), "replacement": False},
+}
+each_stream = pytest.mark.parametrize("stream", STREAMS)
+
+
+def samples_of_long_tailed_classes() -> ClassIndex:
+    return ClassIndex(torch.repeat_interleave(torch.arange(C), torch.arange(C) ** 2 + 1)).to("cuda")
+
+
+@each_backend
+@each_stream
+def test_sync_sampling_does_not_wait(stream: str, form: Form) -> None:
+    """Numbers on the device are read where they are, by the whole function."""
+    index, options = samples_of_long_tailed_classes(), STREAMS[stream]()
+    start, epoch = torch.tensor(2**40, device="cuda"), torch.tensor(3, device="cuda")
+    draw = ltk.functional.sample_indices
+    with form.use():
+        draw(index, start, num_samples=1000, seed=1, epoch=epoch, **options)  # compiles, and counts the classes
+        draw(index, 5, 1005, seed=1, epoch=3, **options)
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = draw(index, start, num_samples=1000, seed=1, epoch=epoch, **options)
+            draw(index, 5, 1005, seed=1, epoch=3, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        assert torch.equal(found, draw(index, 2**40, 2**40 + 1000, seed=1, epoch=3, **options))
+
+
+@each_backend
+@each_stream
+def test_graph_goes_on_in_the_stream(stream: str, form: Form) -> None:
+    """A graph that adds to its start gives one stretch after the other; the epoch is its caller's to set."""
+    index, options = samples_of_long_tailed_classes(), STREAMS[stream]()
+    start, epoch = torch.tensor(0, device="cuda"), torch.tensor(0, device="cuda")
+    draw = ltk.functional.sample_indices
+
+    def run() -> Tensor:
+        found = draw(index, start, num_samples=333, seed=2, epoch=epoch, **options)
+        start.add_(333)
+        return found
+
+    with form.use():
+        graph, kept = captured(run)
+        for number in (0, 1, 7):
+            start.zero_()
+            epoch.fill_(number)
+            expected = draw(index, 0, 999, seed=2, epoch=number, **options)
+            for part in expected.split(333):
+                graph.replay()
+                assert torch.equal(kept, part)
+
+
+@each_backend
+def test_the_stream_of_a_gpu_is_that_of_a_cpu(form: Form) -> None:
+    """All blocks at once, and positions beyond 2^32."""
+    index = samples_of_long_tailed_classes()
+    draw = ltk.functional.sample_indices
+    for replacement in (True, False):
+        with ltk.use_backend("reference"):
+            expected = draw(index.to("cpu"), 2**33 - 500_000, 2**33 + 500_001, seed=3, replacement=replacement)
+        with form.use():
+            found = draw(index, 2**33 - 500_000, 2**33 + 500_001, seed=3, replacement=replacement)
+        assert torch.equal(found.cpu(), expected)
 
 
 # --- Labels that are wrong ---

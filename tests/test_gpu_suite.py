@@ -17,15 +17,16 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as suite
-from benchmarks.gpu import bench, figures, measure, sanitize, stages, summary
+from benchmarks.gpu import bench, figures, measure, sampling, sanitize, stages, summary
 from benchmarks.gpu.ops import OPS
 from benchmarks.gpu.table import CALL, COPY, FORWARD, OURS, STEP, Form, Work
 from benchmarks.gpu.timing import DryTimer, GpuTimer, Rotation
 from ltkernels.bench import main as cpu_bench
 from ltkernels.bench import peers, report, runner
+from ltkernels.bench.scenarios import Scenario
 
 ROOT = Path(__file__).resolve().parents[1]
-CROSS_ENTROPY = OPS["cross_entropy"]
+CROSS_ENTROPY, SAMPLING = OPS["cross_entropy"], OPS["sample_indices"]
 SETTINGS = stages.Settings(ROOT / "build", ROOT / "build/x.jsonl", dry=True)
 
 
@@ -282,6 +283,42 @@ def test_a_form_that_overwrites_its_inputs_has_its_own(work: Work):
     assert not measurement.failed and peers.EAGER not in measurement.refused
     assert torch.equal(work.inputs.logits.detach(), kept)
     assert {r["timed_by"] for r in records if r["peer"] == peers.EAGER} == {"profiler", "clock"}
+
+
+def test_samples_are_held_against_the_reference_bit_by_bit():
+    """One wrong index of 301 is a failure of ours; what is random is nobody's."""
+    work = SAMPLING.prepare(SAMPLING.cases(quick=False, dry=True)[1], "cpu")
+    assert work.case.variant == "weighted" and work.model_bytes == {STEP: 40 * 301}
+    last = torch.arange(301) == 300
+    ours = f"{OURS}reference"
+    work.forms = [
+        broken(f, lambda right: lambda inputs: (right(inputs)[0] + last,)) if f.name == ours else f for f in work.forms
+    ]
+    measurement, records = measured(work)
+    assert list(measurement.failed) == [ours]
+    assert {r["peer"] for r in records} >= {sampling.MULTINOMIAL, sampling.VECTORISED, COPY}
+    assert {r["mode"] for r in records} == {"kernel", "host"}
+
+
+@pytest.mark.parametrize("variant", ["uniform", "weighted"])
+def test_peers_of_sampling_draw_the_same_classes_as_often(variant: str):
+    """Chi-square of 36 degrees of freedom: 86 is beyond five standard deviations."""
+    count = 20_000
+    case = dataclasses.replace(SAMPLING.cases(False, True)[0], variant=variant, shape=Scenario(count, 37, "tiny"))
+    work = SAMPLING.prepare(case, "cpu")
+    index = work.inputs.index
+    labels = torch.empty(index.num_samples, dtype=torch.int64)
+    labels[index.members.long()] = torch.repeat_interleave(torch.arange(37), index.class_counts)
+    expected = work.inputs.probs / work.inputs.probs.sum() * count
+    for form in work.forms:
+        if form.name != COPY:
+            (samples,) = form.steps[STEP](work.inputs)
+            found = torch.bincount(labels[samples], minlength=37)
+            assert float(((found - expected) ** 2 / expected).sum()) < 86, form.name
+
+
+def test_no_op_waits_for_the_last_cases_of_another():
+    assert [case.op for case in measure.selected(False, False, "")[:4]] == ["cross_entropy", "sample_indices"] * 2
 
 
 def test_cases_come_in_the_order_of_their_weight():

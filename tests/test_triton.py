@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ltkernels.ops.options import Reduction
 from ltkernels.triton import cross_entropy as triton_cross_entropy
+from ltkernels.triton import sampling as triton_sampling
 from ltkernels.triton import tiles
 
 HERE = Path(__file__).parent
@@ -51,6 +52,10 @@ def test_the_kernels_pass_tests_of_all_backends() -> None:
     # Products of options are long; test_random_combinations draws from them.
     long = "focal_mode or certainty or margins or empty_batch or (limits and float16)"
     _interpret(*SHARED, "-k", f"triton and not ({long})")
+
+
+def test_sampling() -> None:
+    _interpret("test_sampling_gpu.py", "-k", "triton")
 
 
 # --- What launches them, which needs no kernel ---
@@ -94,15 +99,21 @@ OTHERS = (
 
 def _compiled_for(launch: _LaunchError) -> list[Any]:
     """All that a kernel is compiled for: constants, types, and what Triton looks at in a number that it specialises."""
-    found: list[Any] = [launch.plan.constants, launch.plan.warps]
-    parameters = [p for p in launch.kernel.params if not p.is_constexpr]
-    for parameter, value in zip(parameters, launch.arguments, strict=False):
+    found = [launch.plan.constants, launch.plan.warps, *_looked_at(launch.kernel, launch.arguments)]
+    return [*found, launch.arguments[-1]]  # SMOOTHING
+
+
+def _looked_at(kernel: Any, arguments: tuple[Any, ...]) -> list[Any]:
+    """The types of tensors, and that no number is looked at."""
+    found = []
+    parameters = [p for p in kernel.params if not p.is_constexpr]
+    for parameter, value in zip(parameters, arguments, strict=False):
         if value is None or isinstance(value, torch.Tensor):
             found.append((parameter.name, None if value is None else value.dtype))
         else:
             assert parameter.annotation_type, f"the type of {parameter.name} would follow its value"
             assert parameter.do_not_specialize or parameter.annotation_type.startswith("fp"), parameter.name
-    return [*found, launch.arguments[-1]]  # SMOOTHING
+    return found
 
 
 @pytest.mark.usefixtures("launches")
@@ -116,6 +127,28 @@ def test_another_number_compiles_nothing() -> None:
     ):
         for other in others:
             assert _compiled_for(other) == _compiled_for(expected)
+
+
+def test_another_number_of_a_stream_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed, epoch, positions, classes and groups: numbers that are 1, even, of 32 bits and of more."""
+    launches: list[Any] = []
+
+    def launch(kernel: Any, programs: int, warps: int, device: torch.device, *arguments: Any) -> None:
+        constants = arguments[-sum(p.is_constexpr for p in kernel.params) :]
+        launches.append((kernel, warps, constants, _looked_at(kernel, arguments)))
+
+    monkeypatch.setattr(triton_sampling, "_launch", launch)
+    members = torch.arange(64, dtype=torch.int32)
+    for groups in (0, 1):
+        for classes, seed, epoch, start, step, count in (
+            (1, 1, 1, 1, 1, 1),
+            (16, -1, 2**32 - 1, 2**40, 2**33, 1000),
+            (33, 2**63 - 1, 0, 0, 16, 64),
+        ):
+            offsets = torch.linspace(0, 64, classes + 1).long()
+            numbers = (classes, groups * classes, 16 * classes + 1, False, seed, epoch, start, step, count)
+            triton_sampling.sample_indices(offsets, members, None, None, None, None, None, *numbers)
+    assert launches[:3] == [launches[0]] * 3 and launches[3:] == [launches[3]] * 3
 
 
 @pytest.mark.usefixtures("launches")
@@ -174,7 +207,8 @@ def test_programs_share_tiles_evenly() -> None:
 
 
 def test_every_variant_has_a_name_of_its_own() -> None:
-    variants = triton_cross_entropy.variants()
-    assert len({variant.name for variant in variants}) == len(variants)
-    for variant in variants:
-        assert set(variant.signature) == set(variant.kernel.arg_names)
+    for module in (triton_cross_entropy, triton_sampling):
+        variants = module.variants()
+        assert len({variant.name for variant in variants}) == len(variants)
+        for variant in variants:
+            assert set(variant.signature) == set(variant.kernel.arg_names)

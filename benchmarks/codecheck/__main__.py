@@ -84,6 +84,27 @@ def roofline_table(rows: Sequence[roofline.Row]) -> Table:
     return table
 
 
+def draws_table(rows: Sequence[roofline.Draws]) -> Table:
+    table = Table(
+        "kernel", "B/draw", "instructions", *(f"{gpu.name} G/s" for gpu in roofline.GPUS),
+        title="upper bounds for sampling: bytes and instructions of a draw, draws a second, by memory and by the issue"
+        " of instructions",
+        caption="members come from memory, a sector each; tables of classes from the cache. Loops are not counted: to"
+        " deal takes more instructions than can be read here",
+    )  # fmt: skip
+    groups: dict[tuple[str, str], list[roofline.Draws]] = {}
+    for row in rows:
+        groups.setdefault((row.backend, row.kernel), []).append(row)
+    for (backend, name), group in groups.items():
+        counts = ["-" if row.instructions is None else f"{row.instructions:.0f}" for row in group]
+        count = counts[0] if len(set(counts)) == 1 else " / ".join(counts)
+        rates = {row.gpu: f"{row.rate / 1e9:.0f}" for row in group}
+        table.add_row(
+            f"{backend} {name}", str(group[0].bytes), count, *(rates.get(gpu.name, "-") for gpu in roofline.GPUS)
+        )
+    return table
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codecheck", description=kernels.__doc__)
     parser.add_argument("--update", action="store_true", help="rewrite the budget to what was found")
@@ -109,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, compiler in compilers.items()
         if compiler and before["compilers"].get(name, compiler) != compiler
     ]
-    rows = roofline.table(found)
+    rows, draws = roofline.table(found), roofline.draws(found)
     if args.json:
         report = {
             "kernels": [
@@ -117,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for k in found
             ],
             "roofline": [asdict(row) for row in rows],
+            "draws": [asdict(row) for row in draws],
             "compilers": compilers,
             "missing": missing,
             "wrong": wrong,
@@ -124,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(report, indent=1))
     else:
         console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-        console.print(kernel_table(found), roofline_table(rows))
+        console.print(kernel_table(found), roofline_table(rows), *([draws_table(draws)] if draws else []))
     for line in notes:
         print(f"codecheck: {line}", file=sys.stderr)
     for name, reason in missing.items():

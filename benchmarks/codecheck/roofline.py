@@ -91,8 +91,11 @@ def in_flight(kernel: Kernel, gpu: Gpu, threads: int | None = None, fill: float 
     """Bytes that a multiprocessor waits for, of those it needs for the copy bandwidth; 1 is enough.
 
     The logits that a block holds are taken to be under way together, which Triton's code is made for. Where they are
-    not known, all wide loads of a thread are, as in unrolled code; a kernel without any has two narrow ones.
+    not known, all wide loads of a thread are, as in unrolled code; a kernel without any has two narrow ones. A kernel
+    of sampling has, for each index that a thread stores, a gather under way, which moves a sector.
     """
+    if is_sampling(kernel):
+        return resident_warps(kernel) * 32 * held(kernel) * SECTOR / gpu.bytes_to_have_in_flight
     element = re.search(r"<(\w+)", kernel.name)
     if kernel.logits is not None and element is not None and element[1] in ELEMENT_BYTES:
         of_warp = kernel.logits * ELEMENT_BYTES[element[1]] / (kernel.threads / 32)
@@ -100,6 +103,63 @@ def in_flight(kernel: Kernel, gpu: Gpu, threads: int | None = None, fill: float 
     wide = sum(bits // 8 * count for bits, count in kernel.loads.items() if bits >= WIDE)
     narrow = min((bits for bits in kernel.loads if bits < WIDE), default=0) // 8 * 2
     return resident_warps(kernel, threads) * 32 * (wide or narrow) * fill / gpu.bytes_to_have_in_flight
+
+
+# --- Sampling ---
+
+SECTOR = 32  # bytes of memory that a gather of one number moves
+INDEX = 8  # bytes of an int64
+
+
+def is_sampling(kernel: Kernel) -> bool:
+    return kernel.source.startswith("sampling")
+
+
+def held(kernel: Kernel) -> int:
+    """Indices that a thread has under way at a time: those that its stores write, but for one at the very end."""
+    return 2 * kernel.wide_stores or kernel.stores.get(64, 0)
+
+
+def bytes_a_draw(kernel: Kernel) -> int | None:
+    """What a kernel of sampling moves for each index; None for one of another hot path, or none at all.
+
+    The index is written, and of the members, which no cache holds, a sector is read. Tables of classes (16 bytes each,
+    as many for a slot of a round) are taken to be in the cache, but where every sample is a class of its own: there the
+    alias entry is a sector too, and the kernel of the cuda backend is `draw_any`.
+    """
+    if not is_sampling(kernel) or held(kernel) == 0:
+        return None
+    return INDEX + SECTOR * (2 if re.search("singletons|draw_any", kernel.name) else 1)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Upper bounds for a kernel of sampling on one GPU."""
+
+    backend: str
+    kernel: str
+    gpu: str
+    bytes: int  # of a draw
+    instructions: float | None  # of a draw, where they are no loops
+    rate: float  # draws a second
+
+
+def draws(kernels: Iterable[Kernel]) -> list[Draws]:
+    """What memory, bytes in flight and the issue of instructions (4 warps a clock) allow at most."""
+    gpus, found = {gpu.arch: gpu for gpu in GPUS}, []
+    for kernel in kernels:
+        if (moved := bytes_a_draw(kernel)) is None:
+            continue
+        gpu = gpus[kernel.arch]
+        rate = gpu.copy * min(1.0, in_flight(kernel, gpu)) / moved
+        instructions = None if kernel.name.startswith("deal") else kernel.instructions / held(kernel)
+        if instructions is not None:
+            rate = min(rate, gpu.multiprocessors * 4 * 32 * gpu.clock / instructions)
+        found.append(Draws(kernel.backend, kernel.name, gpu.name, moved, instructions, rate))
+    return found
+
+
+# --- Cross-entropy ---
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,7 +103,7 @@ class Measurement:
     def check(self) -> None:
         """Runs every form twice, the second time most likely into the spoilt memory of the first."""
         for form in self.forms:
-            if form.name == COPY:
+            if form.name == COPY or form.random:
                 continue
 
             def twice(form: Form = form) -> list[float]:
@@ -143,7 +144,7 @@ class Measurement:
             replay = self.attempt(form, "no graph holds it", partial(self.timer.repeat, calls, form))
             if replay is None:
                 continue
-            if step == STEP and form.name != COPY and not form.overwrites:
+            if step == STEP and form.name != COPY and not form.overwrites and not form.random:
                 spoil([result for results in kept for result in results])
                 replay()
                 self.timer.synchronise()
@@ -282,7 +283,9 @@ def copy_bandwidth(timer: Timer, device: str, megabytes: int) -> float:
 
 
 def selected(quick: bool, dry: bool, only: str) -> list[Case]:
-    cases = [case for op in OPS.values() for case in op.cases(quick, dry)]
+    """The ops' cases in turn, so that none of them waits for the last ones of another."""
+    turns = zip_longest(*(op.cases(quick, dry) for op in OPS.values()))
+    cases = [case for turn in turns for case in turn if case is not None]
     return [case for case in cases if re.search(only, case.name)]
 
 

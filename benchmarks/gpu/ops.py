@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.gpu.cross_entropy import CrossEntropy
+from benchmarks.gpu.sampling import Sampling
 from benchmarks.gpu.table import Op
 
-OPS: dict[str, Op] = {op.name: op for op in (CrossEntropy(),)}
+OPS: dict[str, Op] = {op.name: op for op in (CrossEntropy(), Sampling())}

@@ -146,6 +146,8 @@ COLOURS = dict(zip(COLUMNS, ("tab:red", "tab:orange", "tab:blue", "tab:green", "
 def plot(records: Sequence[Record], path: Path) -> None:
     """Above the fraction of the copy bandwidth by number of classes, below the time of a call on small batches.
 
+    For ops on logits: nothing is drawn of others.
+
     Raises:
         ImportError: matplotlib is not installed.
     """
@@ -154,6 +156,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    records = [record for record in records if record["op"] == "cross_entropy"]
+    if not records:
+        return
     variants = list(dict.fromkeys(record["variant"] for record in records))
     wide = [(v, d) for d in dict.fromkeys(r["dtype"] for r in records) for v in variants]
     figure, axes = plt.subplots(2, len(wide), figsize=(4 * len(wide), 8), squeeze=False, sharey="row")

@@ -55,6 +55,7 @@ class Form:
         captured: a CUDA graph can hold it.
         overwrites: it writes over its inputs, which nobody else may use then.
         less_work: it does less than the case asks for: a bound, not a competitor.
+        random: what it draws is another every time, and not compared with the truth.
         note: what a reader of the times has to know.
     """
 
@@ -64,6 +65,7 @@ class Form:
     captured: bool = True
     overwrites: bool = False
     less_work: bool = False
+    random: bool = False
     note: str | None = None
 
     @property

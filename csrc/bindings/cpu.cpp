@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "bindings/cross_entropy_arguments.h"
-#include "cpu/cross_entropy.h"
+#include "cpu/kernels.h"
 
 namespace {
 

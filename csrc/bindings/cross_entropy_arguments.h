@@ -1,25 +1,12 @@
-// What the bindings of every device share: tensors become pointers and layouts, through the LibTorch stable ABI.
+// What cross_entropy's bindings of every device share: tensors become pointers and layouts.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
+#include "bindings/tensors.h"
 #include "common/rows.h"
 
 namespace ltk::bindings {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("ltkernels: " + what); }
 
 inline ElementType element_type(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -65,27 +52,6 @@ inline Layout row_layout(const Tensor& tensor) {
   return {tensor.size(1), tensor.stride(0), 0, tensor.stride(1)};
 }
 
-struct Device {
-  int32_t type, index;
-  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
-};
-inline Device device_of(const Tensor& tensor) {
-  Device device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
-  return device;
-}
-
-// Straight through the C shim: an allocation by torch::stable::empty goes through the dispatcher and costs 1 us more.
-inline Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
-                       const Device& device) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device.type, device.index, &handle));
-  return Tensor(handle);
-}
-
 // As at::empty_like: dense memory in the same order of dimensions.
 inline Tensor dense_like(const Tensor& tensor) {
   if (tensor.dim() == 2 && tensor.is_contiguous())
@@ -96,11 +62,6 @@ inline Tensor dense_like(const Tensor& tensor) {
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   const auto x = a.sizes(), y = b.sizes();
   return std::equal(x.begin(), x.end(), y.begin(), y.end());
-}
-
-template <class T>
-const T* data(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
 template <class T>

@@ -6,39 +6,14 @@
 #include <tuple>
 
 #include "bindings/cross_entropy_arguments.h"
+#include "bindings/cuda_place.h"
 #include "cuda/cross_entropy.h"
-
-#if !defined(LTK_EMULATE)
-// Of the stable shim too, but declared only for programs that link CUDA torch.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-#endif
 
 namespace {
 
 using namespace ltk::bindings;
 using ltk::cuda::Call;
 using ltk::cuda::Reduction;
-
-void check(const char* error) {
-  if (error != nullptr) fail(std::string("CUDA: ") + error);
-}
-
-// The device and the stream of a call.
-struct Place {
-  Device device;
-#if defined(LTK_EMULATE)
-  explicit Place(const Tensor& tensor) : device(device_of(tensor)) {}
-  void* stream() const { return nullptr; }
-#else
-  torch::stable::accelerator::DeviceGuard guard;
-  explicit Place(const Tensor& tensor) : device(device_of(tensor)), guard(device.index) {}
-  void* stream() const {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
-    return stream;
-  }
-#endif
-};
 
 template <class T>
 Call<T> prepare(const Arguments& a, const Tensor& tickets, const Tensor& error_word) {
@@ -207,11 +182,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ltkernels_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ltkernels_cuda, CompositeExplicitAutograd, m) { m.impl("probe", TORCH_BOX(&probe)); }
 
-#if defined(LTK_EMULATE)
-STABLE_TORCH_LIBRARY_IMPL(ltkernels_cuda, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(ltkernels_cuda, CUDA, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(ltkernels_cuda, LTK_CUDA_KEY, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
 }

@@ -1,4 +1,4 @@
-// What the torch-free CPU core of cross_entropy is asked to do, and the table of its kernels by instruction set.
+// What the torch-free CPU core of cross_entropy is asked to do.
 #pragma once
 
 #include <cstdint>
@@ -53,24 +53,10 @@ struct CrossEntropyKernels {
   void (*backward)(const CrossEntropyCall<T>&, int64_t begin, int64_t end);
 };
 
-struct Kernels {
+// The kernels of one instruction set.
+struct CrossEntropyTable {
   CrossEntropyKernels<float> single;
   CrossEntropyKernels<double> real;  // double precision
-  template <class T>
-  const CrossEntropyKernels<T>& cross_entropy() const {
-    if constexpr (sizeof(T) == 4)
-      return single;
-    else
-      return real;
-  }
 };
-
-// Instruction sets in the order of their speed, as in ltkernels/backends.py.
-constexpr int num_instruction_sets = 3;
-
-// The set in use; with 0 <= wanted < num_instruction_sets the one used from now on, -1 if this machine or build lacks
-// it.
-int select_instruction_set(int wanted);
-const Kernels& kernels();
 
 }  // namespace ltk

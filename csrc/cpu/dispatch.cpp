@@ -1,21 +1,22 @@
 // Chooses the instruction set at run time.
 #include <atomic>
 
-#include "cpu/cross_entropy.h"
+#include "cpu/kernels.h"
 
 namespace ltk {
 
+// Each hot path's csrc/cpu/kernels_*.cpp defines its table once per instruction set.
+#define LTK_KERNELS_OF(ISA)                                     \
+  namespace ISA {                                               \
+  extern const CrossEntropyTable cross_entropy_table;           \
+  extern const SamplingTable sampling_table;                    \
+  constexpr Kernels table{cross_entropy_table, sampling_table}; \
+  }
 #if defined(__x86_64__)
-namespace avx512 {
-extern const Kernels table;
-}
-namespace avx2 {
-extern const Kernels table;
-}
+LTK_KERNELS_OF(avx512)
+LTK_KERNELS_OF(avx2)
 #endif
-namespace portable {
-extern const Kernels table;
-}
+LTK_KERNELS_OF(portable)
 
 namespace {
 

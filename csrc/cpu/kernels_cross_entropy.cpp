@@ -457,7 +457,8 @@ void backward_any(const CrossEntropyCall<T>& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const Kernels table;
-const Kernels table = {{forward_any<float>, backward_any<float>}, {forward_any<double>, backward_any<double>}};
+extern const CrossEntropyTable cross_entropy_table;
+const CrossEntropyTable cross_entropy_table = {{forward_any<float>, backward_any<float>},
+                                               {forward_any<double>, backward_any<double>}};
 
 }  // namespace ltk::LTK_ISA

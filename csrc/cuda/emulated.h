@@ -19,6 +19,7 @@
 
 #define LTK_KERNEL(threads, blocks) inline void
 #define LTK_DEVICE inline
+#define LTK_ASSUME(condition) ((condition) ? void() : std::abort())
 
 namespace ltk::simt {
 

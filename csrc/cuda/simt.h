@@ -15,6 +15,8 @@
   // of occupancy to the last few of them, and spills.
   #define LTK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
   #define LTK_DEVICE __device__ __forceinline__
+  // For the compiler: what the launcher has seen to.
+  #define LTK_ASSUME(condition) __builtin_assume(condition)
 
 namespace ltk::simt {
 

@@ -5,6 +5,9 @@
 
 #include <string>
 
+#include "host/repeats.h"
+#include "host/sampling_bindings.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -65,4 +68,6 @@ PYBIND11_MODULE(_host, m) {
       "Returns:\n"
       "    dict: compiler, compiler_version, cxx_standard (value of __cplusplus), cxx_flags, pybind11 (version), and\n"
       "    instruction_sets (list of str, fastest first, of \"avx512\", \"avx2\", \"portable\").");
+  ltk::bind_sampling(m);
+  ltk::bind_repeats(m);
 }

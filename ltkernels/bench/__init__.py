@@ -1,10 +1,11 @@
-"""The benchmark: every loss against what people use today, on the machine at hand.
+"""The benchmark: every loss, and sampling, against what people use today, on the machine at hand.
 
 ``ltkernels bench`` runs it from an installed package; ``benchmarks/`` in the source tree holds what it measured and
 how to read it. One idea a file:
 
 * ``scenarios``: batch shapes and inputs;
 * ``peers``: the losses and the forms they are compared with;
+* ``sampling``: class-balanced sampling and what it is compared with;
 * ``device``: timing, memory and name of a machine;
 * ``runner``: equality first, then interleaved rounds, then records;
 * ``targets``: the figures this project sets itself;

@@ -8,35 +8,52 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ltkernels.bench import peers, report, runner
+from ltkernels.bench import peers, report, runner, sampling
 from ltkernels.bench.device import Cpu, Cuda
 from ltkernels.bench.scenarios import SCENARIOS, Scenario, scenario
 from ltkernels.bench.targets import judge
 
 
+class _Op(NamedTuple):
+    """What can be measured of an op."""
+
+    scenarios: tuple[Scenario, ...]
+    variants: dict[str, Any]
+    measure: Callable[..., runner.Measurement]
+
+
+OPS = {
+    "cross_entropy": _Op(SCENARIOS, {variant.name: variant for variant in peers.VARIANTS}, runner.measure),
+    "sampling": _Op(sampling.SCENARIOS, {variant.name: variant for variant in sampling.VARIANTS}, sampling.measure),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
-    variants = [variant.name for variant in peers.VARIANTS]
     parser = argparse.ArgumentParser(
         prog="ltkernels bench",
-        description="Time ltkernels' losses against what they replace. Forms take turns call by call; ratios are "
+        description="Time ltkernels against what it replaces. Forms take turns call by call; ratios are "
         "medians over rounds; results are checked to be equal first. The exit status never depends on a time.",
     )
-    shapes = ", ".join(f"{s.name} ({s.source})" for s in SCENARIOS)
     parser.add_argument(
-        "--scenario", type=_list_of(_scenario), default=SCENARIOS, metavar="NxC,...", help=f"default: {shapes}"
+        "--op", choices=list(OPS), default="cross_entropy", help="what to measure (default: cross_entropy)"
+    )
+    parser.add_argument(
+        "--scenario",
+        type=_list_of(_scenario),
+        metavar="NxC,...",
+        help="default: " + "; ".join(f"{name}: {_shapes(op.scenarios)}" for name, op in OPS.items()),
     )
     parser.add_argument(
         "--variant",
-        type=_list_of(_variant),
-        default=peers.VARIANTS,
-        metavar="LOSS,...",
-        help=f"default: {', '.join(variants)}",
+        type=_list_of(str.strip),
+        metavar="NAME,...",
+        help="default: " + "; ".join(f"{name}: {', '.join(op.variants)}" for name, op in OPS.items()),
     )
     parser.add_argument(
         "--threads",
@@ -94,12 +111,8 @@ def _scenario(text: str) -> Scenario:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _variant(text: str) -> peers.Variant:
-    for variant in peers.VARIANTS:
-        if variant.name == text:
-            return variant
-    names = ", ".join(variant.name for variant in peers.VARIANTS)
-    raise argparse.ArgumentTypeError(f"expected one of {names}, found {text!r}")
+def _shapes(shapes: Sequence[Scenario]) -> str:
+    return ", ".join(f"{s.name} ({s.source})" for s in shapes)
 
 
 def _positive(text: str) -> int:
@@ -132,7 +145,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _progress(variant: peers.Variant, shape: Scenario, measurement: runner.Measurement) -> None:
+def _progress(variant: peers.Variant | sampling.Variant, shape: Scenario, measurement: runner.Measurement) -> None:
     ours = next(record for record in measurement.records if record["peer"] == peers.OURS)
     ratios = ", ".join(f"{ratio:.2f} of {name}" for name, ratio in ours["ratio"].items())
     _say(f"[{ours['threads']}t] {shape.name} {variant.name}: {report.duration(ours['p50_us'])}; {ratios}")
@@ -145,7 +158,9 @@ def _measure_here(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: expected a GPU that torch can use, found none")
     with _threads(args.threads[0]):
-        return runner.run(args.variant, args.scenario, Cuda() if args.device == "cuda" else Cpu(), plan, _progress)
+        op, device = OPS[args.op], Cuda() if args.device == "cuda" else Cpu()
+        variants = [op.variants[name] for name in args.variant]
+        return runner.run(variants, args.scenario, device, plan, _progress, op.measure)
 
 
 def _measure_in_children(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -157,10 +172,21 @@ def _measure_in_children(args: argparse.Namespace) -> list[dict[str, Any]]:
             part = Path(folder) / f"{count}.jsonl"
             command = [
                 *(sys.executable, "-m", "ltkernels.bench", "--records-only"),
-                *("--threads", str(count), "--out", str(part), "--mode", args.mode, "--dtype", args.dtype),
+                *(
+                    "--op",
+                    args.op,
+                    "--threads",
+                    str(count),
+                    "--out",
+                    str(part),
+                    "--mode",
+                    args.mode,
+                    "--dtype",
+                    args.dtype,
+                ),
                 *("--memory", args.memory, "--device", args.device),
                 *("--seconds", str(args.seconds), "--scenario", ",".join(shape.name for shape in args.scenario)),
-                *("--variant", ",".join(variant.name for variant in args.variant)),
+                *("--variant", ",".join(args.variant)),
                 *(["--no-compile"] if args.no_compile else []),
             ]
             subprocess.run(command, check=True, env=environment | {"OMP_NUM_THREADS": str(count)})
@@ -181,7 +207,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: status 2 for a wrong command line.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    op = OPS[args.op]
+    known = {shape.name: shape for shape in op.scenarios}
+    args.scenario = tuple(known.get(shape.name, shape) for shape in args.scenario or op.scenarios)
+    args.variant = args.variant or tuple(op.variants)
+    if unknown := [name for name in args.variant if name not in op.variants]:
+        parser.error(f"argument --variant: expected one of {', '.join(op.variants)}, found {unknown[0]!r}")
+    if args.op == "sampling" and (args.device != "cpu" or args.plot is not None):
+        parser.error("--op sampling: measured on the CPU and not plotted")
     try:
         if args.load is not None:
             records = report.read_records(args.load)
@@ -198,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.plot is not None:
             report.plot(records, args.plot)
     except subprocess.CalledProcessError as error:
-        _say(f"ltkernels bench: the run with {' '.join(error.cmd[4:6])} failed with status {error.returncode}")
+        _say(f"ltkernels bench: the run with {' '.join(error.cmd[6:8])} failed with status {error.returncode}")
         return 1
     except (OSError, ValueError, ImportError, runner.WrongResultError) as error:
         _say(f"ltkernels bench: {error}")

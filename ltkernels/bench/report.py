@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltkernels.bench import peers
+from ltkernels.bench import peers, sampling
 from ltkernels.bench.peers import VARIANTS
 from ltkernels.bench.targets import Line
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 
-TITLES = {variant.name: variant.title for variant in VARIANTS}
+TITLES = {variant.name: variant.title for variant in VARIANTS} | {v.name: v.title for v in sampling.VARIANTS}
 FIELDS = frozenset(
     "op variant scenario source N C dtype mode memory threads peer less_work backend rounds p25_us p50_us p75_us ratio "
     "model_bytes frac_copy launches peak_mb peak_bytes page_faults rel_err_loss rel_err_grad rounding_grad "
@@ -73,14 +73,15 @@ def _groups(records: Sequence[Record]) -> dict[tuple[Any, ...], list[Record]]:
 
 
 def results_table(records: Sequence[Record]) -> Table:
-    """All forms of all losses, with the ratio of each to ours."""
+    """All forms of all losses, or of whatever was measured, with the ratio of each to ours."""
     from rich.table import Table
 
     groups = _groups(records)
     settings = {_setting(record) for record in records}
     shared = f"\n{settings.pop()}" if len(settings) == 1 else ""
     table = Table(title=machine(records) + shared)
-    for header in ("batch", "threads", "loss", "form"):
+    of_losses = records[0]["op"] == "cross_entropy"
+    for header in ("batch", "threads", "loss", "form") if of_losses else ("data", "threads", "what", "form"):
         table.add_column(header, no_wrap=True)
     for header in ("median", "quartiles", "x ltkernels", "of copy", "ops", "peak MB", "faults", "loss err", "grad err"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -90,7 +91,7 @@ def results_table(records: Sequence[Record]) -> Table:
             variant = TITLES.get(record["variant"], record["variant"])
             table.add_row(
                 *((head, str(record["threads"]), variant) if place == 0 else ("", "", "")),
-                record["peer"] + (" (no loss)" if record["less_work"] else ""),
+                record["peer"] + (f" ({'no loss' if of_losses else 'less work'})" if record["less_work"] else ""),
                 duration(record["p50_us"]),
                 f"{duration(record['p25_us'])} - {duration(record['p75_us'])}",
                 f"{record['ratio'].get(peers.OURS, 1.0):.2f}",
@@ -106,7 +107,8 @@ def results_table(records: Sequence[Record]) -> Table:
 
 
 def _setting(record: Record) -> str:
-    return f"{record['dtype']}, {record['mode']}, {record['memory']} memory"
+    members = "" if record["op"] == "cross_entropy" else " members"
+    return f"{record['dtype']}{members}, {record['mode']}, {record['memory']} memory"
 
 
 def _show(value: float | int | None, form: str) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,7 @@ class Plan:
     compile: bool = True
     min_rounds: int = MIN_ROUNDS
     max_rounds: int = MAX_ROUNDS
+    warm_up_rounds: int = WARM_UP_ROUNDS
     seed: int = 0
     memory: str = "default"
 
@@ -190,7 +191,7 @@ def interleave(calls: Mapping[str, Call], device: Device, plan: Plan) -> dict[st
     """
     order = list(calls)
     shuffle = random.Random(plan.seed).shuffle
-    for name in order * WARM_UP_ROUNDS:
+    for name in order * plan.warm_up_rounds:
         calls[name]()
     samples: dict[str, list[Sample]] = {name: [] for name in order}
     gc.collect()
@@ -220,6 +221,20 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def round_ratio(times: Sequence[float], base: Sequence[float]) -> float:
     """Median over rounds of ``times / base`` of the same round."""
     return statistics.median(a / b for a, b in zip(times, base, strict=True))
+
+
+def time_fields(name: str, samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """What a record says about the time of the form ``name``, of samples as :func:`interleave` takes them."""
+    times = {form: [sample.seconds for sample in taken] for form, taken in samples.items()}
+    p25, p50, p75 = quartiles(times[name])
+    return {
+        "rounds": len(times[name]),
+        "p25_us": round(p25 * 1e6, 2),
+        "p50_us": round(p50 * 1e6, 2),
+        "p75_us": round(p75 * 1e6, 2),
+        "ratio": {base: round(round_ratio(times[name], times[base]), 4) for base in times if base != name},
+        "page_faults": statistics.median_low(sample.page_faults for sample in samples[name]),
+    }
 
 
 class _LaunchCounter(TorchDispatchMode):
@@ -310,7 +325,6 @@ def measure(variant: Variant, shape: Scenario, device: Device, plan: Plan) -> Me
     }
     records = []
     for name, call in calls.items():
-        p25, p50, p75 = quartiles(times[name])
         error = answers.get(name)
         is_loss = name not in peers.NOT_LOSSES
         peak = device.peak_bytes(call)
@@ -321,21 +335,16 @@ def measure(variant: Variant, shape: Scenario, device: Device, plan: Plan) -> Me
                 "peer": name,
                 "less_work": not is_loss,
                 "backend": backend if name == peers.OURS else None,
-                "rounds": len(times[name]),
-                "p25_us": round(p25 * 1e6, 2),
-                "p50_us": round(p50 * 1e6, 2),
-                "p75_us": round(p75 * 1e6, 2),
-                "ratio": {base: round(round_ratio(times[name], times[base]), 4) for base in calls if base != name},
                 "model_bytes": ideal if is_loss else None,
                 "frac_copy": round(of_copy, 4) if is_loss else None,
                 "launches": count_launches(call) if name != peers.COMPILE else None,  # Inductor bypasses dispatch
                 "peak_mb": round(peak / 2**20, 4),
                 "peak_bytes": peak,
-                "page_faults": statistics.median_low(sample.page_faults for sample in samples[name]),
                 "rel_err_loss": error.loss if isinstance(error, Error) else None,
                 "rel_err_grad": error.grad if isinstance(error, Error) else None,
                 "rounding_grad": rounding,
             }
+            | time_fields(name, samples)
         )
     return Measurement(records, refused)
 
@@ -367,20 +376,28 @@ def _git_commit() -> str | None:
         return None
 
 
-Progress = Callable[[Variant, Scenario, Measurement], None]
+Case = TypeVar("Case")  # a loss, or another thing to measure
+Measure = Callable[[Case, Scenario, Device, Plan], Measurement]
+Progress = Callable[[Case, Scenario, Measurement], None]
 
 
 def run(
-    variants: Sequence[Variant], shapes: Sequence[Scenario], device: Device, plan: Plan, report: Progress
+    variants: Sequence[Case],
+    shapes: Sequence[Scenario],
+    device: Device,
+    plan: Plan,
+    report: Progress[Case],
+    measure_one: Measure[Case],
 ) -> list[dict[str, Any]]:
-    """Measures every loss on every shape in this process.
+    """Measures everything on every shape in this process.
 
     Args:
-        variants: the losses.
+        variants: what to measure, the losses for one.
         shapes: the batch shapes.
         device: where to run.
         plan: mode, type and budget of each measurement.
         report: called after each measurement with its records completed by the environment's fields.
+        measure_one: :func:`measure`, or another op's.
 
     Returns:
         All records.
@@ -389,7 +406,7 @@ def run(
     records = []
     for shape in shapes:
         for variant in variants:
-            measurement = measure(variant, shape, device, plan)
+            measurement = measure_one(variant, shape, device, plan)
             measurement.records = [record | where for record in measurement.records]
             report(variant, shape, measurement)
             records += measurement.records

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltkernels.bench import peers
+from ltkernels.bench import peers, sampling
 
 Record = Mapping[str, Any]
 
@@ -28,6 +28,19 @@ COPY_BATCH = "512x8142"
 COPY_LIMITS = {1: 1.6, 2: 2.0}  # by threads
 MAX_GRAD_ERROR = 1e-6  # float32, relative L2
 MAX_ROUNDING_FACTOR = 1.1  # half types: error over that of rounding the exact gradient
+# (what is measured, form it is compared with) -> the most its time may be of the other's on one and on two threads.
+SAMPLING_LIMITS: dict[tuple[str, str], tuple[float | None, float | None]] = {
+    ("balanced", sampling.MULTINOMIAL): (1 / 15, 1 / 25),
+    ("balanced", sampling.VECTORISED): (1 / 3, 1 / 5),
+    ("balanced", sampling.TAKE): (None, None),  # the floor: reported
+    ("square_root", sampling.MULTINOMIAL): (1 / 15, 1 / 25),
+    ("square_root", sampling.VECTORISED): (1 / 3, 1 / 5),
+    ("square_root", sampling.TAKE): (None, None),
+    ("class_index", sampling.ARGSORT): (1 / 8, None),
+    ("epoch", sampling.RANDOM): (1.0, None),
+    ("epoch", sampling.TORCHSAMPLER): (1 / 10, None),
+    ("epoch", sampling.M_PER_CLASS): (1 / 10, None),
+}
 BYTES_PER_ROW_OR_CLASS = 64  # what O(N + C) beyond logits and gradient is allowed to mean
 FIXED_BYTES = 4096
 
@@ -53,18 +66,29 @@ def judge(records: Sequence[Record]) -> list[Line]:
     """Every target that the records speak about.
 
     Args:
-        records: of one or more runs of the benchmark; only ltkernels' own float32 and half records with mode
-            ``fwd_bwd`` are judged.
+        records: of one or more runs of the benchmark; of cross_entropy only ltkernels' own float32 and
+            half records with mode ``fwd_bwd`` are judged.
 
     Returns:
         Lines in the order of the records.
     """
     lines: list[Line] = []
     for record in records:
-        if record["peer"] == peers.OURS and record["mode"] == "fwd_bwd":
+        if record["peer"] == peers.OURS and record["op"] == "sampling":
+            lines += _sampling(record)
+        elif record["peer"] == peers.OURS and record["mode"] == "fwd_bwd":
             lines += _speed(record) if record["dtype"] == "float32" else ()
             lines += _memory_and_error(record)
     return lines
+
+
+def _sampling(record: Record) -> Iterator[Line]:
+    variant, scenario, threads, ratio = record["variant"], record["scenario"], record["threads"], record["ratio"]
+    for (of, base), limits in SAMPLING_LIMITS.items():
+        if of == variant and base in ratio:
+            known = any(shape.name == scenario for shape in sampling.SCENARIOS) and threads <= len(limits)
+            limit = limits[threads - 1] if known else None
+            yield Line(f"{variant}: time of {base}", scenario, threads, ratio[base], limit)
 
 
 def _speed(record: Record) -> Iterator[Line]:

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/cross_entropy.h"
+#include "cpu/kernels.h"
 #include "suites.h"
 
 #if defined(__SSE2__)

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "check.h"
-#include "cpu/cross_entropy.h"
+#include "cpu/kernels.h"
 #include "suites.h"
 
 namespace test {
@@ -41,7 +41,7 @@ uint16_t Format::encode(double value) const {
 
 int main(int count, char** arguments) {
   static const char* const sets[] = {"avx512", "avx2", "portable"};
-  if (count != 3) test::fail("usage: core_test exponentials|conversions|kernels avx512|avx2|portable");
+  if (count != 3) test::fail("usage: core_test exponentials|conversions|kernels|sampling avx512|avx2|portable");
   int set = 0;
   while (set < ltk::num_instruction_sets && std::strcmp(sets[set], arguments[2]) != 0) ++set;
   if (ltk::select_instruction_set(set) != set) return 77;
@@ -57,6 +57,8 @@ int main(int count, char** arguments) {
     suites[set]->conversions();
   } else if (std::strcmp(suite, "kernels") == 0) {
     test::kernels(uint64_t(set));
+  } else if (std::strcmp(suite, "sampling") == 0) {
+    test::sampling(uint64_t(set));
   } else {
     test::fail("no suite %s", suite);
   }

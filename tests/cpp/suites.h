@@ -11,6 +11,7 @@ struct SimdSuite {
 };
 
 void kernels(uint64_t seed);
+void sampling(uint64_t seed);
 
 }  // namespace test
 

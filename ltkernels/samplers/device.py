@@ -1,0 +1,133 @@
+"""Batches of data that lie on a device: drawn, gathered and advanced there, without a word from the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltkernels import arguments as arg
+from ltkernels import functional as F
+from ltkernels.class_draws import ClassRounds
+from ltkernels.samplers.iterator import Place
+from ltkernels.samplers.sampler import LongTailSampler
+from ltkernels.samplers.strategies import Draws
+
+
+class DeviceBatches:
+    """Batches of a sampler's stream, of tensors on one device: for classifiers that are trained on cached features.
+
+    ``batches()`` gives the next batch. Position and epoch are tensors on the device that each call advances, so a call
+    can be captured in a CUDA graph, whose every replay then is the next batch; nothing waits for the device.
+    ``for batch in batches`` gives those of one epoch. The samples are those that the sampler itself would give; of an
+    epoch's last ones fewer than a batch are left out.
+
+    Args:
+        sampler: a :class:`LongTailSampler`, or :class:`DistributedLongTailSampler`, of which this rank's part is
+            taken. A strategy that changes from epoch to epoch ("progressive", "repeat_factor") is refused: a graph
+            would go on with what it was captured with.
+        *tensors: data to gather from, samples along dimension 0, all on one device.
+        batch_size: samples in a batch (on this rank).
+
+    Attributes:
+        indices: the samples of the last batch, int64 ``(batch_size,)``; None before the first.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value; tensors on several devices, or with fewer samples
+            than the sampler may draw; a batch larger than an epoch.
+
+    Example:
+        >>> import torch, ltkernels as ltk
+        >>> labels = torch.tensor([0] * 96 + [1] * 4)
+        >>> sampler = ltk.samplers.LongTailSampler(labels, "class_balanced", replacement=False)
+        >>> batches = ltk.samplers.DeviceBatches(sampler, torch.randn(100, 8), labels, batch_size=50)
+        >>> [(tuple(features.shape), y.bincount().tolist()) for features, y in batches]
+        [((50, 8), [25, 25]), ((50, 8), [25, 25])]
+    """
+
+    indices: Tensor | None
+
+    def __init__(self, sampler: LongTailSampler, *tensors: Tensor, batch_size: int) -> None:
+        if not isinstance(sampler, LongTailSampler):
+            raise TypeError(f"sampler: expected a LongTailSampler, found {type(sampler).__name__}")
+        if sampler.strategy.by_epoch:
+            raise ValueError(f"sampler: expected a strategy that is the same in every epoch, found {sampler.strategy}")
+        if not tensors:
+            raise ValueError("tensors: expected at least one, found none")
+        draws = sampler._epoch_samples(0)
+        assert isinstance(draws, Draws)
+        device, members = arg.tensor("tensors[0]", tensors[0]).device, draws.class_index.members
+        least = int(members.max()) + 1 if members.numel() else draws.class_index.num_samples
+        for number, values in enumerate(tensors):
+            name = f"tensors[{number}]"
+            if arg.tensor(name, values).device != device:
+                raise ValueError(f"{name}: expected device {device} as of tensors[0], found {values.device}")
+            if values.dim() == 0 or values.shape[0] < least:
+                raise ValueError(f"{name}: expected at least {least} samples, found shape {tuple(values.shape)}")
+        batch_size, self._replicas = arg.integer("batch_size", batch_size), sampler._replicas
+        of_all = batch_size * self._replicas
+        if not 1 <= of_all <= sampler._epoch_length(0):
+            raise ValueError(
+                f"batch_size: expected 1 to {sampler._epoch_length(0) // self._replicas}, the samples of an epoch,"
+                f" found {batch_size}"
+            )
+        self.sampler, self.tensors, self.batch_size, self.indices = sampler, tensors, batch_size, None
+        self._class_index = draws.class_index.to(device)
+        self._class_draws = None if draws.class_draws is None else draws.class_draws.to(device)
+        self._steps = sampler._epoch_length(0) // of_all
+        place = sampler._place
+        self._position = torch.tensor(place.position + sampler._rank, device=device)  # of this rank's next sample
+        self._epoch = torch.tensor(place.epoch, device=device)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        """The next batch: of each tensor the rows of the same samples."""
+        self.indices = F.sample_indices(
+            self._class_index,
+            self._position,
+            step=self._replicas,
+            num_samples=self.batch_size,
+            seed=self.sampler.seed,
+            epoch=self._epoch,
+            class_probs=self._class_draws,
+            replacement=not isinstance(self._class_draws, ClassRounds),
+        )
+        of_all = self.batch_size * self._replicas
+        self._position += of_all
+        # An epoch ends before a batch that it cannot fill. Without a branch, which the host would have to take.
+        ended = self._position >= self._steps * of_all
+        self._epoch += ended
+        self._position -= ended * self._steps * of_all
+        return tuple(values.index_select(0, self.indices) for values in self.tensors)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self._steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """The batches that are left of the epoch under way, or of the next one."""
+        done = (int(self._position) - self.sampler._rank) // (self.batch_size * self._replicas)
+        for _ in range(self._steps - done):
+            yield self()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A state as of ``sampler``, to go on from with either; waits for the device."""
+        return self.sampler._state_at(Place(int(self._epoch), int(self._position) - self.sampler._rank))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where a state of these batches, or of the sampler, was taken; also in graphs captured before.
+
+        Raises:
+            TypeError, ValueError: as of the sampler; a position in the middle of a batch.
+        """
+        seed = self.sampler.seed
+        place = self.sampler._load(state_dict)
+        of_all = self.batch_size * self._replicas
+        whole, partial = divmod(place.position, of_all)
+        if partial and whole < self._steps:
+            self.sampler.seed = seed
+            raise ValueError(f"state_dict: expected a position that is a multiple of {of_all}, found {place.position}")
+        ended = whole >= self._steps
+        self._position.fill_(self.sampler._rank if ended else place.position + self.sampler._rank)
+        self._epoch.fill_(place.epoch + ended)
