@@ -259,7 +259,8 @@ class Table:
     def preferred(self, input: Tensor) -> Preference | None:
         """The preference for logits like these, or none: then the order of the rows holds."""
         name = _device_name(input.device)
-        return next((p for p in self.preferences if p.holds(name, input.dtype, input.shape[min(1, input.dim() - 1)])), None)
+        classes = input.shape[min(1, input.dim() - 1)]
+        return next((p for p in self.preferences if p.holds(name, input.dtype, classes)), None)
 
     def _find_candidates(self, device: torch.device) -> list[Implementation]:
         """What this process can use on the device: found once, since looking at every call costs microseconds."""

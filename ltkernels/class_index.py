@@ -25,10 +25,12 @@ except ImportError:  # an install without a C++ compiler
 __all__ = ["ClassIndex"]
 
 Integers = Sequence[int] | npt.NDArray[Any] | Tensor
+MultiLabels = Sequence[Sequence[int]] | npt.NDArray[Any] | Tensor
 _Array = npt.NDArray[Any]
 
 _host: ModuleType | None = _compiled  # None: NumPy does the same, slower
 _FORMAT = 1  # of a file
+_FIELDS = ("num_samples", "data_size", "is_multilabel", "offsets", "members", "fingerprint")
 _INT32_SAMPLES = 2**31  # data sets of at most as many samples have int32 members
 _MOST_CLASSES = 2**31 - 1  # what the arithmetic of a draw allows
 _MOST_UNASKED_CLASSES = 2**24  # as in rebalance.count_classes
@@ -56,6 +58,8 @@ class ClassIndex:
             each class in the order of the data set, or of ``indices``. Empty: member m is sample m.
         num_classes: number of classes C. A class may have no member.
         num_samples: number of members M.
+        data_size: number of samples of the data set; None where it was not told (:meth:`singletons`).
+        is_multilabel: whether a sample may be a member of several classes (:meth:`multilabel`).
 
     Raises:
         TypeError: labels or indices that are not integers (floats, booleans, strings).
@@ -75,7 +79,10 @@ class ClassIndex:
     members: Tensor
     num_classes: int
     num_samples: int
+    data_size: int | None
+    is_multilabel: bool
     _class_counts: Tensor | None
+    _has_empty: bool | None
     _fingerprint: str | None
 
     def __init__(self, labels: Integers, num_classes: int | None = None, *, indices: Integers | None = None) -> None:
@@ -103,12 +110,21 @@ class ClassIndex:
         size = len(of_all if chosen is None else chosen)
         members = np.empty(size, np.int32 if max(size, len(of_all)) <= _INT32_SAMPLES else np.int64)
         _check_labels(of_all, chosen, _sort(of_all, chosen, offsets, members), num_classes)
-        self._set(torch.from_numpy(offsets), torch.from_numpy(members), limit, size)
+        self._set(torch.from_numpy(offsets), torch.from_numpy(members), limit, size, len(of_all))
 
-    def _set(self, offsets: Tensor, members: Tensor, num_classes: int, num_samples: int) -> ClassIndex:
+    def _set(
+        self,
+        offsets: Tensor,
+        members: Tensor,
+        num_classes: int,
+        num_samples: int,
+        data_size: int | None = None,
+        is_multilabel: bool = False,
+    ) -> ClassIndex:
         self.offsets, self.members = offsets, members
         self.num_classes, self.num_samples = num_classes, num_samples
-        self._class_counts = self._fingerprint = None
+        self.data_size, self.is_multilabel = data_size, is_multilabel
+        self._class_counts = self._has_empty = self._fingerprint = None
         return self
 
     @classmethod
@@ -143,17 +159,49 @@ class ClassIndex:
         empty = torch.empty(0, dtype=torch.int64)
         return cls.__new__(cls)._set(empty, torch.from_numpy(positions), num_samples, num_samples)
 
+    @classmethod
+    def multilabel(cls, labels: MultiLabels, num_classes: int | None = None) -> ClassIndex:
+        """Samples with several classes, as images in detection: a sample is a member of each of its classes.
+
+        Args:
+            labels: classes of each sample: ``(N, k)`` integers, padded with negative ones, or a sequence of sequences
+                of integers. A sample may have none; a class that it has twice counts once.
+            num_classes: as in :class:`ClassIndex`.
+
+        Raises:
+            TypeError, ValueError: as :class:`ClassIndex`; positions count the labels one after the other.
+
+        Example:
+            >>> from ltkernels.class_index import ClassIndex
+            >>> index = ClassIndex.multilabel([[0, 2], [], [2]])
+            >>> index.class_counts, index.members, index.data_size
+            (tensor([1, 0, 2]), tensor([0, 0, 2], dtype=torch.int32), 3)
+        """
+        samples, classes, size = flat_labels(labels)
+        order = np.lexsort((classes, samples))
+        samples, classes = samples[order], classes[order]
+        first = np.ones(len(order), bool)
+        first[1:] = (samples[1:] != samples[:-1]) | (classes[1:] != classes[:-1])
+        samples, classes = samples[first], classes[first]
+        index = cls(classes, num_classes)
+        members = torch.from_numpy(samples)[index.members.long()].to(index.members.dtype)
+        return index._set(index.offsets, members, index.num_classes, index.num_samples, size, True)
+
     def pooled(self) -> ClassIndex:
         """The same members as one class; shares their memory."""
         offsets = torch.tensor([0, self.num_samples], device=self.device)
-        return ClassIndex.__new__(ClassIndex)._set(offsets, self.members, 1, self.num_samples)
+        return ClassIndex.__new__(ClassIndex)._set(
+            offsets, self.members, 1, self.num_samples, self.data_size, self.is_multilabel
+        )
 
     def to(self, device: torch.device | str | int) -> ClassIndex:
         """This index with its tensors on a device; itself if they are there."""
         offsets, members = self.offsets.to(device), self.members.to(device)
         if offsets is self.offsets and members is self.members:
             return self
-        moved = ClassIndex.__new__(ClassIndex)._set(offsets, members, self.num_classes, self.num_samples)
+        moved = ClassIndex.__new__(ClassIndex)._set(
+            offsets, members, self.num_classes, self.num_samples, self.data_size, self.is_multilabel
+        )
         moved._class_counts, moved._fingerprint = self._class_counts, self._fingerprint
         return moved
 
@@ -172,6 +220,13 @@ class ClassIndex:
         return self._class_counts
 
     @property
+    def has_empty_classes(self) -> bool:
+        """Whether some class has no member."""
+        if self._has_empty is None:
+            self._has_empty = self.offsets.numel() > 0 and not bool(self.class_counts.all())
+        return self._has_empty
+
+    @property
     def fingerprint(self) -> str:
         """32 hexadecimal digits that tell indices apart: a hash of sizes, offsets and up to 4096 members."""
         if self._fingerprint is None:
@@ -179,7 +234,9 @@ class ClassIndex:
             at = torch.arange(count) * self.num_samples // count
             some = self.members[at.to(self.device)].cpu() if self.members.numel() else at
             digest = hashlib.blake2b(digest_size=16)
-            for part in (torch.tensor([self.num_samples, self.num_classes]), self.offsets.cpu(), some):
+            size = -1 if self.data_size is None else self.data_size
+            sizes = [self.num_samples, self.num_classes, size, self.is_multilabel]
+            for part in (torch.tensor(sizes), self.offsets.cpu(), some):
                 digest.update(np.ascontiguousarray(part.numpy(), "<i8").data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -200,6 +257,8 @@ class ClassIndex:
                     file,
                     format=np.int64(_FORMAT),
                     num_samples=np.int64(self.num_samples),
+                    data_size=np.int64(-1 if self.data_size is None else self.data_size),
+                    is_multilabel=np.bool_(self.is_multilabel),
                     offsets=self.offsets.cpu().numpy(),
                     members=self.members.cpu().numpy(),
                     fingerprint=np.array(self.fingerprint),
@@ -235,7 +294,7 @@ class ClassIndex:
             if not right:
                 raise ValueError(f"{path}: expected {expected}, found {found}")
 
-        missing = [name for name in ("num_samples", "offsets", "members", "fingerprint") if name not in fields]
+        missing = [name for name in _FIELDS if name not in fields]
         check(not missing, "all fields of a ClassIndex", f"none called {', '.join(missing)}")
         offsets, members, size, stored = (fields[n] for n in ("offsets", "members", "num_samples", "fingerprint"))
         check(size.dtype == np.int64 and size.shape == () and size > 0, "num_samples: an int64 > 0", repr(size))
@@ -253,9 +312,49 @@ class ClassIndex:
         wrong, _ = _scan(members, None, 2**63 - 1)
         check(wrong < 0, "members >= 0", f"{members[wrong]} at position {wrong}" if wrong >= 0 else "")
         classes = max(len(offsets) - 1, 0) or n
-        index = cls.__new__(cls)._set(torch.from_numpy(offsets), torch.from_numpy(members), classes, n)
+        data_size, several = fields["data_size"], fields["is_multilabel"]
+        check(data_size.dtype == np.int64 and data_size.shape == (), "data_size: an int64", repr(data_size))
+        check(several.dtype == np.bool_ and several.shape == (), "is_multilabel: a bool", repr(several))
+        index = cls.__new__(cls)._set(
+            torch.from_numpy(offsets),
+            torch.from_numpy(members),
+            classes,
+            n,
+            None if data_size < 0 else int(data_size),
+            bool(several),
+        )
         check(str(stored) == index.fingerprint, f"content of fingerprint {stored}", index.fingerprint)
         return index
+
+
+def has_several(labels: Any) -> bool:
+    """Whether labels are several a sample: two dimensions, or sequences in a sequence."""
+    if isinstance(labels, (Tensor, np.ndarray)):
+        return labels.ndim == 2
+    return any(
+        isinstance(of_sample, (Sequence, np.ndarray, Tensor)) and not isinstance(of_sample, str) for of_sample in labels
+    )
+
+
+def flat_labels(labels: Any) -> tuple[_Array, _Array, int]:
+    """Labels of one or several classes a sample as pairs (sample, class), int64, and the number of samples."""
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu().numpy()
+    if not isinstance(labels, np.ndarray) and has_several(labels):
+        parts = [np.atleast_1d(np.asarray(part, dtype=None if len(part) else np.int64)) for part in labels]
+        samples = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        classes, size = np.concatenate(parts), len(parts)
+    else:
+        array = np.asarray(labels) if len(labels) else np.zeros(0, np.int64)
+        if array.ndim not in (1, 2):
+            raise ValueError(f"labels: expected shape (n,) or (n, k), found {array.shape}")
+        samples = np.repeat(np.arange(len(array)), array[0].size if len(array) else 1)
+        classes, size = array.reshape(-1), len(array)
+        if array.ndim == 2 and array.dtype.kind == "i":  # padding
+            samples, classes = samples[classes >= 0], classes[classes >= 0]
+    if classes.dtype.kind not in "iu":
+        raise TypeError(f"labels: expected integers, found {classes.dtype}")
+    return samples, classes.astype(np.int64), size
 
 
 def _integers(name: str, values: Integers) -> _Array:

@@ -380,17 +380,17 @@ def _class_draws(
             f"class_probs: expected {classes} classes on {device} as class_index has, found {class_probs.num_classes}"
             f" on {class_probs.device}"
         )
-    _check_members(class_index, class_probs.drawn)
+    _check_members(class_index, class_probs)
     return (class_probs, None) if isinstance(class_probs, AliasTable) else (None, class_probs)
 
 
-def _check_members(class_index: ClassIndex, drawn: Tensor | None) -> None:
+def _check_members(class_index: ClassIndex, class_draws: AliasTable | ClassRounds | None) -> None:
     """Refuses classes that can be drawn and have no member."""
-    if class_index.offsets.numel() == 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not class_index.has_empty_classes:
         return
     empty = class_index.class_counts == 0
-    if drawn is not None:
-        empty &= drawn
+    if class_draws is not None:
+        empty &= class_draws.drawn
     if empty.any():
         raise ValueError(
             "class_index: expected a member of every class that can be drawn, found none of class"

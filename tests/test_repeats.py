@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ltkernels.samplers import repeat_count, repeat_factor, repeats
+from ltkernels.class_index import flat_labels
+from ltkernels.samplers import ClassIndex, LongTailSampler, repeat_count, repeat_factor, repeats
 
 with np.load(Path(__file__).parent / "data/repeat_factor.npz") as file:
     GOLDEN = {name: file[name] for name in file.files}
@@ -20,7 +21,7 @@ FACTOR = torch.tensor([0.0, 0.25, 1.0, 1.5, 2.75])
 def test_the_published_factors() -> None:
     """detectron2 computes in float32; images of several classes take the largest factor."""
     labels = GOLDEN["labels"]
-    sample, label, count = repeats.flat_labels(labels)
+    sample, label, count = flat_labels(labels)
     images = np.bincount(np.unique(np.stack([sample, label]), axis=1)[1])  # an image counts once in a class
     factors = repeat_factor(images, float(GOLDEN["threshold"]), num_samples=count)
     found = repeats.sample_factors(labels, factors.numpy())
@@ -133,3 +134,64 @@ def test_wrong_factors() -> None:
         repeat_factor([9, 1], 0.5, num_samples=8)
     with pytest.raises(ValueError, match="threshold: expected a finite number > 0, found 0.0"):
         repeat_factor([9, 1], 0.0)
+
+
+# --- As a sampler's strategy ---
+
+
+def test_a_sampler_repeats_by_the_published_factors() -> None:
+    labels = GOLDEN["labels"]
+    sampler = LongTailSampler(labels, "repeat_factor", threshold=float(GOLDEN["threshold"]), seed=1)
+    total = np.zeros(len(labels))
+    for epoch in range(200):
+        assert sampler.epoch == epoch
+        size, samples = len(sampler), list(sampler)
+        assert len(samples) == size
+        times = np.bincount(samples, minlength=len(labels))
+        assert (times >= np.floor(GOLDEN["repeat"])).all() and (times <= np.ceil(GOLDEN["repeat"])).all()
+        total += times
+    fraction = GOLDEN["repeat"] % 1
+    deviation = np.abs(total / 200 - GOLDEN["repeat"])
+    assert (deviation <= 4.5 * np.sqrt(fraction * (1 - fraction) / 200) + 1e-6).all()
+
+
+def test_it_is_what_repeat_count_says() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 9 + [2])
+    factor = repeat_factor(labels.bincount(), 0.25)
+    for rounding in ("stochastic", "ceil"):
+        sampler = LongTailSampler(labels, "repeat_factor", threshold=0.25, rounding=rounding, seed=5)
+        for epoch in range(3):
+            expected = repeat_count(torch.arange(100), labels, factor, seed=5, epoch=epoch, rounding=rounding)
+            assert torch.equal(torch.tensor(list(sampler)).bincount(minlength=100), expected)
+
+
+def test_samples_without_a_class_come_once() -> None:
+    index = ClassIndex.multilabel([[0], [], [1, 0, 0], [0], []])
+    assert index.class_counts.tolist() == [3, 1] and index.data_size == 5
+    sampler = LongTailSampler(index, "repeat_factor", threshold=0.8, rounding="ceil")
+    assert np.bincount(list(sampler)).tolist() == [2, 1, 2, 2, 1]
+
+
+def test_resumed_in_the_middle() -> None:
+    labels = GOLDEN["labels"]
+    whole = list(LongTailSampler(labels, "repeat_factor", threshold=0.05))
+    sampler = LongTailSampler(labels, "repeat_factor", threshold=0.05)
+    begun = iter(sampler)
+    first = [next(begun) for _ in range(123)]
+    resumed = LongTailSampler(labels, "repeat_factor", threshold=0.05)
+    resumed.load_state_dict(sampler.state_dict())
+    assert first + list(resumed) == whole
+
+
+def test_other_strategies_want_one_class() -> None:
+    with pytest.raises(ValueError, match="labels: expected one class a sample for Power.*, found several"):
+        LongTailSampler([[0, 1], [1]])
+    with pytest.raises(ValueError, match="indices: expected None with several classes a sample, found indices"):
+        LongTailSampler([[0, 1], [1]], "repeat_factor", threshold=0.1, indices=[0])
+
+
+def test_an_index_of_several_classes_in_a_file(tmp_path: Path) -> None:
+    index = ClassIndex.multilabel(GOLDEN["labels"])
+    index.save(tmp_path / "index")
+    loaded = ClassIndex.load(tmp_path / "index")
+    assert loaded.is_multilabel and loaded.data_size == 400 and loaded.fingerprint == index.fingerprint

@@ -80,9 +80,7 @@ def test_classes_and_members_are_drawn_with_their_probabilities(backend: str, pr
 def test_pairs_of_draws_are_independent(backend: str) -> None:
     """Neighbouring positions, positions of another epoch, another seed."""
     with ltk.use_backend(backend):
-        a, b, c = (
-            LABELS[sample_indices(INDEX, 0, 100_000, seed=s, epoch=e)] for s, e in ((3, 0), (3, 1), (4, 0))
-        )
+        a, b, c = (LABELS[sample_indices(INDEX, 0, 100_000, seed=s, epoch=e)] for s, e in ((3, 0), (3, 1), (4, 0)))
     for first, second in ((a[:-1], a[1:]), (a, b), (a, c)):
         found = torch.bincount(first * 5 + second, minlength=25).double()
         assert abs(_z(found, torch.full((25,), len(first) / 25.0))) < 4
@@ -95,9 +93,7 @@ def test_weights_of_samples_beyond_2_to_the_24(backend: str) -> None:
     weight = torch.ones(size, dtype=torch.float64)
     weight[-5:] = size / 5  # the last five together are as likely as all others
     with ltk.use_backend(backend):
-        drawn = sample_indices(
-            ClassIndex.singletons(size), 0, 20_000, seed=0, class_probs=AliasTable(weight)
-        )
+        drawn = sample_indices(ClassIndex.singletons(size), 0, 20_000, seed=0, class_probs=AliasTable(weight))
     last = torch.bincount(drawn[drawn >= size - 5] - (size - 5), minlength=5).double()
     assert abs(float(last.sum()) - 10_000) < 4 * math.sqrt(5000)
     assert abs(_z(last, torch.full((5,), float(last.sum()) / 5))) < 4
@@ -226,9 +222,7 @@ def test_start_and_epoch_may_be_tensors(backend: str) -> None:
     with ltk.use_backend(backend):
         for replacement in (True, False):
             expected = sample_indices(INDEX, 2**40 + 3, 2**40 + 53, 2, seed=1, epoch=7, replacement=replacement)
-            found = sample_indices(
-                INDEX, start, step=2, num_samples=25, seed=1, epoch=epoch, replacement=replacement
-            )
+            found = sample_indices(INDEX, start, step=2, num_samples=25, seed=1, epoch=epoch, replacement=replacement)
             assert torch.equal(found, expected)
 
 

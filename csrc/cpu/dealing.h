@@ -1,10 +1,11 @@
-// Places of positions that are dealt (`dealt` of common/sampling.h), one after the other or a vector at a time.
+// Places of positions that are dealt (`dealt` of common/sampling.h), some vectors at a time.
 // Included by the kernels_*.cpp files only, which are compiled once per instruction set.
 #pragma once
 
 #include "common/sampling.h"
 #include "cpu/permutation_simd.h"
 
+#if defined(__AVX2__)
 namespace ltk::LTK_ISA {
 
 // A position as digits: round, place in the round, draw in the group. Adding the step's digits takes no division.
@@ -52,8 +53,6 @@ inline Turn turn_of(const SamplingCall& call, int64_t klass, int64_t ordinal) {
   const int64_t cycle = ordinal < length || length <= 0 ? 0 : ordinal / length;
   return {first, members, cycle, ordinal - cycle * length};
 }
-
-#if defined(__AVX2__)
 
 class DealtVectors {
  public:
@@ -127,6 +126,5 @@ class DealtVectors {
   RoundKeys keys_;
 };
 
-#endif
-
 }  // namespace ltk::LTK_ISA
+#endif

@@ -5,7 +5,7 @@
 // for memory, and the computation of places has its time.
 #include <algorithm>
 
-#include "cpu/philox_simd.h"
+#include "cpu/dealing.h"
 #include "cpu/sampling.h"
 
 namespace ltk::LTK_ISA {
@@ -44,15 +44,15 @@ LTK_INLINE bool in_blocks(const SamplingCall& call, int64_t begin, int64_t end, 
   return true;
 }
 
-inline bool drawn_one_by_one(const SamplingCall& call, int64_t begin, int64_t end) {
-  bool good = true;
+inline bool one_by_one(const SamplingCall& call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const Member member = drawn(call, call.start + i * call.step, call.epoch);
-    good &= class_size(call, member.klass) > 0;
+    const int64_t position = call.start + i * call.step;
+    const Member member = call.dealt ? dealt(call, position, call.epoch) : drawn(call, position, call.epoch);
+    if (member.at < 0) return false;
     call.out[i] = call.offsets ? call.offsets[member.klass] + member.at : member.klass;
   }
   prefetch(call, begin, end);
-  return good;
+  return true;
 }
 
 #if defined(__AVX2__)
@@ -80,7 +80,7 @@ class DrawnVectors {
       if (i - behind >= first_) prefetch(call_, i - behind, i - behind + group);
     }
     for (; i + word_lanes <= end; i += word_lanes) good &= vectors<1>(i);
-    return drawn_one_by_one(call_, i, end) && good;
+    return one_by_one(call_, i, end) && good;
   }
 
  private:
@@ -129,89 +129,24 @@ class DrawnVectors {
 
 #endif
 
-// Positions one after the other, in three digits: round, place in the round, draw in the group. Adding the step's
-// digits takes no division.
-class Dealer {
- public:
-  Dealer(const SamplingCall& call, int64_t first) : call_(call) {
-    split(call.start + first * call.step, at_);
-    split(call.step, step_);
-  }
-
-  // The place of the next position; -1 if its class has no members.
-  int64_t next() {
-    const Digits at = at_;
-    advance();
-    const Slot* slots = call_.slots;
-    const int64_t start = slots ? slots[at.place].window_start : 0;
-    const int64_t size = slots ? slots[at.place].window_size : call_.classes;
-    const PhiloxBlock& order = order_.block(uint64_t(at.round * call_.groups + start), Stream::class_orders, call_);
-    const int64_t found = start + permuted(at.place - start, size, order);
-    const int64_t klass = slots ? slots[found].klass : found;
-    const int64_t turn = slots ? at.round * call_.quotas[klass] + slots[found].ordinal : at.round;
-    const int64_t members = class_size(call_, klass);
-    if (members <= 0) return -1;
-    const int64_t ordinal = turn * call_.draws + at.draw;
-    const int64_t length = call_.distinct && members >= call_.draws ? members - members % call_.draws : members;
-    const int64_t cycle = ordinal < length ? 0 : ordinal / length;
-    const uint64_t name = uint64_t(klass) << 32 | uint32_t(cycle);
-    const int64_t member = permuted(ordinal - cycle * length, members, way_.block(name, Stream::member_orders, call_));
-    return call_.offsets ? call_.offsets[klass] + member : klass;
-  }
-
- private:
-  struct Digits {
-    int64_t round, place, draw;
-  };
-  // The last block of a stream: positions of one window, or one group, follow each other.
-  class Cached {
-   public:
-    const PhiloxBlock& block(uint64_t position, Stream stream, const SamplingCall& call) {
-      if (!known_ || position != position_) block_ = philox(position, call.epoch, stream, call.seed);
-      known_ = true;
-      position_ = position;
-      return block_;
-    }
-
-   private:
-    bool known_ = false;
-    uint64_t position_ = 0;
-    PhiloxBlock block_{};
-  };
-
-  void split(int64_t position, Digits& to) const {
-    const int64_t group = position / call_.draws;
-    to = {group / call_.groups, group % call_.groups, position % call_.draws};
-  }
-  void advance() {
-    at_.draw += step_.draw;
-    at_.place += step_.place;
-    at_.round = int64_t(uint64_t(at_.round) + uint64_t(step_.round));  // beyond the last position it may overflow
-    if (at_.draw >= call_.draws) at_.draw -= call_.draws, ++at_.place;
-    if (at_.place >= call_.groups) at_.place -= call_.groups, ++at_.round;
-  }
-
-  const SamplingCall& call_;
-  Digits at_, step_;
-  Cached order_, way_;
-};
-
 bool sample(const SamplingCall& call, int64_t begin, int64_t end) {
   if (begin >= end) return true;
+#if defined(__AVX2__)
   if (call.dealt) {
-    Dealer dealer(call, begin);
+    DealtVectors vectors(call, begin);
     return in_blocks(call, begin, end, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i)
-        if ((call.out[i] = dealer.next()) < 0) return false;
-      prefetch(call, from, to);
-      return true;
+      bool good = true;
+      int64_t i = from;
+      for (; i + DealtVectors::positions <= to; i += DealtVectors::positions) good &= vectors.next(call.out + i);
+      if (!good) return false;
+      prefetch(call, from, i);
+      return one_by_one(call, i, to);
     });
   }
-#if defined(__AVX2__)
   if (!call.offsets || call.offsets[call.classes] >> 32 == 0)
     return in_blocks(call, begin, end, DrawnVectors(call, begin));
 #endif
-  return in_blocks(call, begin, end, [&](int64_t from, int64_t to) { return drawn_one_by_one(call, from, to); });
+  return in_blocks(call, begin, end, [&](int64_t from, int64_t to) { return one_by_one(call, from, to); });
 }
 
 }  // namespace

@@ -13,22 +13,6 @@ struct WordBlocks {
   Words words[4];  // what stands above the low 32 bits does not matter
 };
 
-LTK_INLINE Words shifted_right(Words a, Words by) {
-  #if defined(__AVX512F__)
-  return (Words)_mm512_srlv_epi64((__m512i)a, (__m512i)by);
-  #else
-  return (Words)_mm256_srlv_epi64((__m256i)a, (__m256i)by);
-  #endif
-}
-
-LTK_INLINE Words shifted_left(Words a, Words by) {
-  #if defined(__AVX512F__)
-  return (Words)_mm512_sllv_epi64((__m512i)a, (__m512i)by);
-  #else
-  return (Words)_mm256_sllv_epi64((__m256i)a, (__m256i)by);
-  #endif
-}
-
 // Whether a comparison holds in some lane.
 LTK_INLINE bool any(Words mask) {
   #if defined(__AVX512F__)
@@ -40,7 +24,7 @@ LTK_INLINE bool any(Words mask) {
 
 LTK_INLINE Words bit_widths(Words x) {
   #if defined(__AVX512F__)
-  return every(64) - (Words)_mm512_lzcnt_epi64((__m512i)x);
+  return every(64) - (Words)_mm512_maskz_lzcnt_epi64(0xff, (__m512i)x);
   #else
   Words widths;
   for (int64_t lane = 0; lane < word_lanes; ++lane) widths[lane] = 64 - __builtin_clzll(x[lane]);
@@ -53,7 +37,7 @@ LTK_INLINE Words mixed_bits(Words value, Words key, Words shift) {
   const Words low = every(0xFFFFFFFFu);
   Words x = products(value ^ key, every(0x85EBCA6Bu)) & low;
   x = products(x ^ x >> 16, every(0xC2B2AE35u)) & low;
-  return shifted_right(x, shift);
+  return x >> shift;
 }
 
 // In place; lanes with n <= 16 are permuted, the others stay.
@@ -87,7 +71,7 @@ LTK_INLINE void permute_many(Words (&x)[vectors], const Words (&n)[vectors], con
     const Words bits = bit_widths((n[k] - 1) | every(16));
     low_bits[k] = bits >> 1;
     low_shift[k] = every(32) - low_bits[k], high_shift[k] = every(32) - (bits - low_bits[k]);
-    low[k] = x[k] & (shifted_left(every(1), low_bits[k]) - 1), high[k] = shifted_right(x[k], low_bits[k]);
+    low[k] = x[k] & ((every(1) << low_bits[k]) - 1), high[k] = x[k] >> low_bits[k];
     inside[k] = (Words)(n[k] <= every(small_permutation));
   }
   bool walking = true;
@@ -100,7 +84,7 @@ LTK_INLINE void permute_many(Words (&x)[vectors], const Words (&n)[vectors], con
     }
     walking = false;
     for (int k = 0; k < vectors; ++k) {
-      const Words landed = shifted_left(high[k], low_bits[k]) | low[k];
+      const Words landed = (high[k] << low_bits[k]) | low[k];
       x[k] = inside[k] ? x[k] : landed;
       inside[k] |= (Words)(landed < n[k]);
       walking |= any(~inside[k]);

@@ -11,10 +11,11 @@ namespace ltk::LTK_ISA {
 using Words = BitVec<double>;
 constexpr int64_t word_lanes = lanes<double>;
 
-// Products of the low halves.
+// Products of the low halves. The masked forms of this and of the gather are there for GCC, which warns that the others
+// read what is not initialised.
 LTK_INLINE Words products(Words a, Words b) {
   #if defined(__AVX512F__)
-  return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+  return (Words)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
   #else
   return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
   #endif
@@ -30,7 +31,7 @@ LTK_INLINE Words exclusive_or(Words a, Words b, Words c) {
 
 LTK_INLINE Words gather(const void* from, Words at) {
   #if defined(__AVX512F__)
-  return (Words)_mm512_i64gather_epi64((__m512i)at, from, 8);
+  return (Words)_mm512_mask_i64gather_epi64(_mm512_setzero_si512(), 0xff, (__m512i)at, from, 8);
   #else
   return (Words)_mm256_i64gather_epi64(static_cast<const long long*>(from), (__m256i)at, 8);
   #endif

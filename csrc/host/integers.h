@@ -39,12 +39,14 @@ template <class T, class Out>
 void read_as(const Integers& from, int64_t first, const uint64_t* at, int64_t count, Out* out) {
   const char* start = from.data + first * from.stride;
   if (!at && !from.swapped && from.stride == sizeof(T)) {
+    uint64_t high = 0;  // not 0 if a block has a number that does not fit: the usual one is only copied
     for (int64_t i = 0; i < count; ++i) {
       T value;
       std::memcpy(&value, start + i * int64_t(sizeof(T)), sizeof(T));  // it need not be aligned
-      out[i] = saturated<Out>(value);
+      out[i] = Out(value);
+      high |= uint64_t(int64_t(value)) >> 32;
     }
-    return;
+    if (sizeof(Out) == 8 || high == 0) return;
   }
   for (int64_t i = 0; i < count; ++i) {
     std::make_unsigned_t<T> bits;

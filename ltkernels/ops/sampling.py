@@ -37,7 +37,8 @@ def sample_indices(*call: Any) -> Tensor:
 
 
 def _reference(*call: Any) -> Tensor:
-    return reference.sample_indices(*call[:_TENSORS], SamplingOptions(*call[_TENSORS:]))
+    options = SamplingOptions(*call[_TENSORS:])
+    return reference.sample_indices(*call[:_TENSORS], options)  # type: ignore[call-arg]
 
 
 @cache

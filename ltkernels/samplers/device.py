@@ -77,7 +77,7 @@ class DeviceBatches:
         self._class_index = draws.class_index.to(device)
         self._class_draws = None if draws.class_draws is None else draws.class_draws.to(device)
         self._steps = sampler._epoch_length(0) // of_all
-        place = sampler._place
+        place = sampler._place if sampler._last is not None and not sampler._last.ended else sampler._next_place
         self._position = torch.tensor(place.position + sampler._rank, device=device)  # of this rank's next sample
         self._epoch = torch.tensor(place.epoch, device=device)
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ltkernels import arguments as arg
 from ltkernels import rebalance
+from ltkernels.class_index import flat_labels
 from ltkernels.reference import sampling as reference
 
 try:
-    from ltkernels._host import round_repeats as _round_repeats
+    from ltkernels._host import round_repeats as _round_repeats  # type: ignore[import-not-found, unused-ignore]
 except ImportError:  # installed without a compiler
 
     def _round_repeats(
@@ -129,7 +130,8 @@ def rounded(
     """Checked factors as counts."""
     if rounding == "ceil":
         return np.ceil(factors).astype(np.int64)
-    return _round_repeats(keys, factors, seed & (2**64 - 1), epoch)
+    counts: npt.NDArray[np.int64] = _round_repeats(keys, factors, seed & (2**64 - 1), epoch)
+    return counts
 
 
 def sample_factors(labels: Any, class_factor: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -144,28 +146,6 @@ def sample_factors(labels: Any, class_factor: npt.NDArray[np.float64]) -> npt.ND
     factors = np.full(count, -1.0)
     np.maximum.at(factors, sample, class_factor[label])
     return np.where(factors < 0, 1.0, factors)
-
-
-def flat_labels(labels: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-    """Labels of one or several classes a sample as pairs (sample, class), and the number of samples."""
-    if isinstance(labels, Tensor):
-        labels = labels.detach().cpu().numpy()
-    if not isinstance(labels, np.ndarray) and any(isinstance(one, (Sequence, np.ndarray, Tensor)) for one in labels):
-        parts = [np.atleast_1d(np.asarray(one, dtype=None if len(one) else np.int64)) for one in labels]
-        sample = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        flat = np.concatenate(parts)
-        count = len(parts)
-    else:
-        array = np.asarray(labels) if len(labels) else np.zeros(0, np.int64)
-        if array.ndim not in (1, 2):
-            raise ValueError(f"labels: expected shape (n,) or (n, k), found {array.shape}")
-        sample = np.repeat(np.arange(len(array)), array.shape[1] if array.ndim == 2 else 1)
-        flat, count = array.reshape(-1), len(array)
-        if array.ndim == 2 and array.dtype.kind == "i":
-            sample, flat = sample[flat >= 0], flat[flat >= 0]
-    if flat.dtype.kind not in "iu":
-        raise TypeError(f"labels: expected integers, found {flat.dtype}")
-    return sample, flat.astype(np.int64), count
 
 
 def _factors(repeat_factor: Tensor | Sequence[float]) -> npt.NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,11 @@ from torch.utils.data import Sampler
 
 from ltkernels import arguments as arg
 from ltkernels import rebalance
-from ltkernels.class_index import ClassIndex
+from ltkernels.class_index import ClassIndex, MultiLabels, has_several
 from ltkernels.samplers.iterator import EpochIterator, Place, Rest
 from ltkernels.samplers.strategies import EpochSamples, Strategy, as_strategy
 
-Labels = Sequence[int] | Sequence[str] | npt.NDArray[Any] | Tensor
+Labels = Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | npt.NDArray[Any] | Tensor
 Indices = Sequence[int] | npt.NDArray[Any] | Tensor
 
 _VERSION = 1  # of a state
@@ -55,8 +55,8 @@ class LongTailSampler(Sampler[int]):
 
     Args:
         labels: class of every sample of the data set, ``(N,)``: a list, an array (memory-mapped too) or a tensor of
-            any integer type; or strings, whose classes are in sorted order (``class_names``). Or a
-            :class:`ClassIndex` of them.
+            any integer type; or strings, whose classes are in sorted order (``class_names``). For "repeat_factor" also
+            several classes a sample, as :meth:`ClassIndex.multilabel` takes them. Or a :class:`ClassIndex`.
         strategy: one of ``ltkernels.samplers.STRATEGIES``, which :mod:`ltkernels.samplers.strategies` describes, or a
             ``Strategy``.
         num_classes: number of classes C; default: the largest label + 1.
@@ -102,8 +102,10 @@ class LongTailSampler(Sampler[int]):
     ) -> None:
         self.strategy = as_strategy(strategy, parameters)
         self.class_index, self.class_names = _class_index(labels, num_classes, indices)
-        if not isinstance(labels, ClassIndex):
-            self.strategy.check_dataset(len(labels))
+        if self.class_index.is_multilabel and not self.strategy.takes_multilabel:
+            raise ValueError(f"labels: expected one class a sample for {self.strategy}, found several")
+        if self.class_index.data_size is not None:
+            self.strategy.check_dataset(self.class_index.data_size)
         self.seed = arg.integer("seed", seed)
         self._num_samples = None if num_samples is None else arg.integer("num_samples", num_samples)
         if self._num_samples is not None and self._num_samples < 1:
@@ -335,6 +337,10 @@ def _class_index(
             if value is not None:
                 raise ValueError(f"{name}: expected None with a ClassIndex, which has its own, found {value!r}")
         return labels.to("cpu"), None
+    if has_several(labels):
+        if indices is not None:
+            raise ValueError("indices: expected None with several classes a sample, found indices")
+        return ClassIndex.multilabel(cast(MultiLabels, labels), num_classes), None
     if isinstance(labels, Tensor):
         return ClassIndex(labels, num_classes, indices=indices), None
     array = rebalance._as_array("labels", labels, kinds="iuUTO")

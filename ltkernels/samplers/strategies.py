@@ -18,6 +18,7 @@ name                  what it draws                                             
 ``over_sampling``     every class max n_c times, its members equally often             C max n_c
 ``under_sampling``    every class min n_c times, no sample twice                       C min n_c
 ``class_aware``       rounds of all classes, ``draws_per_class`` of each at a time     C max n_c
+``repeat_factor``     every sample once, those of rare classes more often (LVIS)          from N on
 ``m_per_class``       batches of ``batch_size / m`` classes, ``m`` samples of each     N, in whole batches
 ====================  ===============================================================  ====================
 
@@ -43,6 +44,7 @@ from ltkernels import functional as F
 from ltkernels import rebalance
 from ltkernels.class_draws import AliasTable, ClassRounds
 from ltkernels.class_index import ClassIndex
+from ltkernels.samplers import repeats
 
 Weights = Sequence[float] | npt.NDArray[Any] | Tensor
 
@@ -84,6 +86,8 @@ class Strategy(ABC):
 
     by_epoch: ClassVar[bool] = False
     """Whether :meth:`samples` has to be asked in each epoch."""
+    takes_multilabel: ClassVar[bool] = False
+    """Whether samples may have several classes."""
 
     @abstractmethod
     def samples(self, class_index: ClassIndex, seed: int, epoch: int) -> EpochSamples:
@@ -265,6 +269,42 @@ class ClassAware(Strategy):
 
 
 @dataclass(frozen=True)
+class RepeatFactor(Strategy):
+    """Every sample of the data set, repeated by the largest factor of its classes, ``max(1, sqrt(threshold / f_c))``.
+
+    f_c is the share of the samples that have class c; a sample may have several classes, or none. ``"stochastic"``
+    rounds factors anew in each epoch, so that their fractions count and epochs differ in length; ``"ceil"`` rounds
+    them up.
+
+    Source:
+        Gupta et al., "LVIS", CVPR 2019, section 4.3; stochastic as detectron2's ``RepeatFactorTrainingSampler``, ceil
+        as mmengine's ``ClassBalancedDataset``.
+    """
+
+    by_epoch = True
+    takes_multilabel = True
+    threshold: float
+    rounding: str = "stochastic"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", arg.number("threshold", self.threshold, 0.0, math.inf, open_low=True))
+        arg.choice("rounding", self.rounding, ("stochastic", "ceil"))
+
+    def samples(self, class_index: ClassIndex, seed: int, epoch: int) -> Draws:
+        members, counts = class_index.members.long(), class_index.class_counts
+        size = class_index.data_size if class_index.is_multilabel else class_index.num_samples
+        factors = repeats.repeat_factor(counts, self.threshold, size).repeat_interleave(counts)
+        if class_index.is_multilabel and size is not None:
+            keys = torch.arange(size)
+            factors = torch.ones(size, dtype=torch.float64).scatter_reduce(0, members, factors, "amax")
+        else:
+            keys = members if members.numel() else torch.arange(class_index.num_samples)
+        counts = torch.from_numpy(repeats.rounded(keys.numpy(), factors.numpy(), seed, epoch, self.rounding))
+        repeated = keys.repeat_interleave(counts)
+        return Draws(ClassIndex.singletons(len(repeated), repeated).pooled(), ClassRounds(1), len(repeated))
+
+
+@dataclass(frozen=True)
 class MPerClass(Strategy):
     """Batches of ``batch_size / m`` different classes with ``m`` samples of each, different where the class has m.
 
@@ -305,6 +345,7 @@ STRATEGIES: dict[str, tuple[type[Strategy], Mapping[str, Any]]] = {
     "over_sampling": (ClassAware, {"draws_per_class": 1, "length": "max"}),
     "under_sampling": (ClassAware, {"draws_per_class": 1, "length": "min"}),
     "class_aware": (ClassAware, {"length": "max"}),
+    "repeat_factor": (RepeatFactor, {}),
     "m_per_class": (MPerClass, {}),
 }
 """By name: the class, and those of its parameters that the name stands for. Each is a dataclass."""
