@@ -126,7 +126,7 @@ class ClassRounds:
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: numbers below 1, ``classes_per_round`` above C or together with ``class_probs``; ``class_probs`` that
+        ValueError: numbers below 1, ``classes_per_round`` above C or together with ``class_probs``; probabilities that
             :class:`AliasTable` refuses or of another shape.
 
     Example:

@@ -314,7 +314,8 @@ def sample_indices(
         groups, draws, distinct = (0 if replacement else class_index.num_classes), 1, False
     return _sampling.sample_indices(
         class_index.offsets, class_index.members, None if table is None else table.entries, slots, quotas, start_at,
-        epoch_at, class_index.num_classes, groups, draws, distinct, arg.integer("seed", seed), epoch, start, step, count,
+        epoch_at, class_index.num_classes, groups, draws, distinct, arg.integer("seed", seed), epoch, start, step,
+        count,
     )  # fmt: skip
 
 

@@ -146,7 +146,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=SAMPLERS,
         default=SAMPLERS[0],
         metavar="STRATEGY",
-        help=f"what the samples of an epoch are: one of {', '.join(SAMPLERS)} (default: %(default)s, every sample once)",
+        help=f"the samples of an epoch: one of {', '.join(SAMPLERS)} (default: %(default)s, every sample once)",
     )
     parser.add_argument("--epochs", type=_at_least_one, help="epochs a run (default: the data set's recipe)")
     parser.add_argument("--seeds", type=_at_least_one, default=2, help="runs of each method (default: %(default)s)")

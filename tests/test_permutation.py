@@ -1,4 +1,4 @@
-"""The permutations without a table (reference/sampling.py: permuted): they are permutations, and as random as they claim.
+"""The permutations without a table (reference/sampling.py: permuted): permutations, and as random as they claim.
 
 Chi-square statistics are given as z, their distance from the mean in standard deviations, for fixed seeds: what passes
 once passes always, and a network with too few rounds is far beyond the bound (the last test shows it).

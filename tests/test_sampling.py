@@ -174,7 +174,7 @@ def test_some_draws_of_a_class_in_a_row(backend: str, draws: int) -> None:
 
 @each_backend
 def test_groups_of_distinct_members(backend: str) -> None:
-    """For batches of m a class: no member twice in a group where the class has m; of 7 members, groups of 3 leave one."""
+    """For batches of m a class: no member twice in a group where the class has m; groups of 3 leave one of 7."""
     rounds = ClassRounds(5, draws_per_class=3, classes_per_round=4, distinct=True)
     with ltk.use_backend(backend):
         indices = sample_indices(INDEX, 0, 3 * 4 * 200, seed=1, class_probs=rounds, replacement=False).view(-1, 4, 3)

@@ -1,7 +1,8 @@
 """Which sample a position of the stream is, in plain PyTorch: the definition that the kernels are tested against.
 
 Integers only, so that every backend computes the same bits. A sample is a pure function of (seed, epoch, position): a
-block of Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (position, epoch, stream) of 64, 32 and 32 bits.
+block of Philox4x32-10 (Salmon et al. 2011) with key = seed and counter = (position, epoch, stream) of 64, 32 and 32
+bits.
 
 * Classes that are drawn, with replacement. Words 0 and 1 are a fraction of 64 bits. Its product with C has, in front of
   the point, a column of the alias table (Walker 1977, Vose 1991) and, behind it, what is compared with the column's
@@ -67,7 +68,7 @@ def sample_indices(
         options: the rest.
 
     Returns:
-        int64 ``(num_positions,)``; -1 where a class came that has no member, which the callers refuse where they can look.
+        int64 ``(num_positions,)``; -1 where a class came that has no member, which callers refuse where they can look.
     """
     position = torch.arange(options.num_positions, device=offsets.device) * options.step + options.start
     epoch = torch.tensor(options.epoch, device=offsets.device)
