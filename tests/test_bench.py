@@ -326,10 +326,14 @@ def readme_table() -> ModuleType:
 
 
 def test_readme_figures_are_generated_dated_and_checked(readme_table: ModuleType, ldam_records, tmp_path: Path):
-    records, readme = tmp_path / "cpu.jsonl", tmp_path / "README.md"
-    report.write_records(ldam_records, records)
-    readme.write_text(f"# title\n{readme_table.BEGIN}\nold\n{readme_table.END}\ntail\n")
-    paths = ["--records", str(records), "--readme", str(readme)]
+    readme = tmp_path / "README.md"
+    report.write_records(ldam_records, tmp_path / "cpu.jsonl")
+    draws = {"op": "sampling", "variant": "balanced", "scenario": "1000x10", "ratio": {"torch.multinomial": 0.0213}}
+    ours = next(record for record in ldam_records if record["peer"] == peers.OURS)
+    report.write_records([ours | draws], tmp_path / "cpu-sampling.jsonl")
+    blocks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in ("figures", "sampling")]
+    readme.write_text("# title\n" + "between\n".join(blocks) + "tail\n")
+    paths = ["--results", str(tmp_path), "--readme", str(readme)]
     assert readme_table.main([*paths, "--check"]) == 1
     assert "old" in readme.read_text(), "--check changes nothing"
     assert readme_table.main(paths) == 0
@@ -338,6 +342,7 @@ def test_readme_figures_are_generated_dated_and_checked(readme_table: ModuleType
     assert text.startswith("# title\n") and text.endswith("\ntail\n") and "old" not in text
     assert ldam_records[0]["cpu"] in text and ldam_records[0]["utc"][:10] in text and "CIFAR-100-LT" in text
     assert "imbalanced-losses" not in text, "a form that was not measured has no row"
+    assert "| class-balanced / torch.multinomial | 0.021 |" in text.partition("between")[2]
 
 
 def test_readme_cells_hold_the_values_of_the_records():

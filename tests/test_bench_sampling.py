@@ -124,7 +124,10 @@ def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("arguments", "message"),
     [
         ("--op samplings", "invalid choice: 'samplings'"),
-        ("--op sampling --variant ce", "expected one of balanced, square_root, class_index, epoch, found 'ce'"),
+        (
+            "--op sampling --variant ce",
+            "expected one of balanced, square_root, shuffle, class_index, epoch, found 'ce'",
+        ),
         ("--variant balanced", "expected one of ce, ce_weight_smoothing"),
         ("--op sampling --device cuda", "measured on the CPU and not plotted"),
         ("--op sampling --plot x.svg", "measured on the CPU and not plotted"),

@@ -199,32 +199,54 @@ def plot(records: Sequence[Record], path: Path) -> None:
     plt.close(figure)
 
 
-README_ROWS = (
-    (peers.EAGER, "plain PyTorch"),
-    (peers.PUBLISHED, "published form"),
-    (peers.COMPILE, "torch.compile"),
-    (peers.LIBRARY, "imbalanced-losses"),
-    (peers.CLONE, "clone() of the logits"),
-)
+DEFAULT_OP = {"op": "cross_entropy"}
+README_ROWS = {
+    "cross_entropy": (
+        (peers.EAGER, "plain PyTorch"),
+        (peers.PUBLISHED, "published form"),
+        (peers.COMPILE, "torch.compile"),
+        (peers.LIBRARY, "imbalanced-losses"),
+        (peers.CLONE, "clone() of the logits"),
+    ),
+    "sampling": (
+        (sampling.MULTINOMIAL, "torch.multinomial"),
+        (sampling.VECTORISED, "vectorised PyTorch"),
+        (sampling.TAKE, "the gather alone (np.take)"),
+        (sampling.RANDPERM, "torch.randperm"),
+        (sampling.ARGSORT, "torch.argsort(stable)"),
+        (sampling.RANDOM, "RandomSampler, no balance"),
+        (sampling.WEIGHTED, "WeightedRandomSampler"),
+        (sampling.TORCHSAMPLER, "the way of torchsampler"),
+        (sampling.M_PER_CLASS, "MPerClassSampler"),
+    ),
+}
+README_WHAT = {
+    "cross_entropy": "float32, forward and backward with argument checks",
+    "sampling": "a million indices, or all samples of the data set (index, shuffle)",
+}
 
 
-def readme_figures(records: Sequence[Record], command: str) -> str:
-    """The README's figures in Markdown: our time, and the ratio to every other form, by batch shape.
+def readme_figures(records: Sequence[Record], command: str, op: str = "cross_entropy") -> str:
+    """The README's figures in Markdown: our time, and the ratio to every other form, by batch shape or data set.
 
     Args:
         records: of one machine.
         command: what printed them, quoted below the table.
+        op: which op's records; those of others are left out.
 
     Returns:
         Markdown text. Cells hold one value a thread count, ascending, separated by " / ".
 
     Raises:
-        ValueError: no float32 ``fwd_bwd`` record of ltkernels with default memory is among them.
+        ValueError: no record of ltkernels with default memory (of losses: float32, ``fwd_bwd``) is among them.
     """
-    settings = {"peer": peers.OURS, "dtype": "float32", "mode": "fwd_bwd", "memory": "default"}
-    ours = [record for record in records if settings.items() <= record.items()]
+    settings = {"peer": peers.OURS, "memory": "default", "op": op}
+    if op == "cross_entropy":
+        settings |= {"dtype": "float32", "mode": "fwd_bwd"}
+    ours = [record for record in records if settings.items() <= {**DEFAULT_OP, **record}.items()]
     if not ours:
-        raise ValueError("readme_figures: expected float32 fwd_bwd records of ltkernels, found none")
+        kind = "float32 fwd_bwd" if op == "cross_entropy" else op
+        raise ValueError(f"readme_figures: expected {kind} records of ltkernels, found none")
     scenarios = list(dict.fromkeys((r["scenario"], r["source"]) for r in ours))
     threads = sorted({r["threads"] for r in ours})
     by_key = {(r["variant"], r["scenario"], r["threads"]): r for r in ours}
@@ -234,7 +256,7 @@ def readme_figures(records: Sequence[Record], command: str) -> str:
         for name, _ in scenarios:
             at = [by_key[key] for count in threads if (key := (variant, name, count)) in by_key]
             values = [
-                duration(r["p50_us"]) if base is None else f"{r['ratio'][base]:.2f}"
+                duration(r["p50_us"]) if base is None else f"{r['ratio'][base]:.{2 if op == 'cross_entropy' else 3}f}"
                 for r in at
                 if base is None or base in r["ratio"]
             ]
@@ -246,12 +268,12 @@ def readme_figures(records: Sequence[Record], command: str) -> str:
     for variant in dict.fromkeys(r["variant"] for r in ours):
         title = TITLES.get(variant, variant)
         rows = [row(f"**{title}**, time", variant, None)]
-        rows += [row(f"{title} / {label}", variant, base) for base, label in README_ROWS]
+        rows += [row(f"{title} / {label}", variant, base) for base, label in README_ROWS[op]]
         lines += [line for line in rows if line is not None]
     counts = " / ".join(str(count) for count in threads)
     return (
-        f"Measured on {machine(ours)}; float32, forward and backward with argument checks, {counts} thread(s).\n"
-        'A row "LOSS / FORM" is the time of ltkernels over that of the form, the median of the ratios of all rounds: '
+        f"Measured on {machine(ours)}; {README_WHAT[op]}, {counts} thread(s).\n"
+        'A row "OURS / FORM" is the time of ltkernels over that of the form, the median of the ratios of all rounds: '
         "below 1 ltkernels is faster.\n\n" + "\n".join(lines) + "\n\n"
         f"Measured by `{command}`, written here by `python benchmarks/readme_table.py`.\n"
     )

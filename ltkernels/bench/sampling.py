@@ -8,6 +8,7 @@ of the halves of classes for what draws, equality for what has one answer. A for
 * ``torch, vectorised``: the cheapest way we know to say it in plain PyTorch: a class by ``randint`` (and by Walker's
   alias table, where classes are not alike), a member by ``rand`` times the size, int64 throughout;
 * ``np.take`` and ``index_select``: only the gather of the members, of places that are known: the floor, less work;
+* ``torch.randperm``: a permutation of all samples at once, where ours is computed position by position;
 * ``torch.argsort``: stable, of the labels, what makes a class index elsewhere;
 * ``RandomSampler`` (no balance: less work), ``WeightedRandomSampler``, ``as torchsampler`` (that package iterates over
   the tensor of ``torch.multinomial`` and looks each sample up in a list; it needs torchvision and pandas, so its way is
@@ -42,6 +43,7 @@ VECTORISED = "torch, vectorised"
 TAKE = "np.take"
 INDEX_SELECT = "index_select"
 ARGSORT = "torch.argsort"
+RANDPERM = "torch.randperm"
 RANDOM = "RandomSampler"
 WEIGHTED = "WeightedRandomSampler"
 TORCHSAMPLER = "as torchsampler"
@@ -234,6 +236,23 @@ def _index_forms(data: Data) -> Forms:
     return Forms(results, check, {}, None, len(labels) * (2 * labels.element_size() + 4))
 
 
+def _shuffle_forms(data: Data) -> Forms:
+    pooled, size = data.index.pooled(), len(data.labels)
+    epochs = itertools.count()
+    results: dict[str, Draw] = {
+        OURS: lambda: functional.sample_indices(pooled, 0, size, seed=1, epoch=next(epochs), replacement=False),
+        RANDPERM: lambda: torch.randperm(size),
+    }
+
+    def check(name: str) -> str | None:
+        shuffled = results[name]()
+        if not torch.equal(shuffled.sort().values, torch.arange(size)):
+            return "is no permutation"
+        return "is in order" if torch.equal(shuffled, torch.arange(size)) else None
+
+    return Forms({**results}, check, {})
+
+
 def _torchsampler(weights: Tensor, draws: int) -> Iterator[int]:
     indices = list(range(len(weights)))
     return (indices[i] for i in torch.multinomial(weights, draws, replacement=True))
@@ -286,6 +305,7 @@ class _Again:
 VARIANTS: tuple[Variant, ...] = (
     Variant("balanced", "class-balanced", lambda data: _draw_forms(data, None)),
     Variant("square_root", "square root of the counts", lambda data: _draw_forms(data, data.counts.double().sqrt())),
+    Variant("shuffle", "every sample once", _shuffle_forms, slow=True),
     Variant("class_index", "class index", _index_forms, slow=True),
     Variant("epoch", "a Python epoch", _epoch_forms, slow=True),
 )
