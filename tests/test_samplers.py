@@ -329,7 +329,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"labels": torch.ones(3)}, TypeError, "labels: expected integers, found torch.float32"),
     ({"labels": [True, False]}, TypeError, "labels: expected integers, found list of bool"),
     ({"labels": ["a", 1, None]}, TypeError, "labels: expected integers or strings, found list of object"),
-    ({"labels": [[0], [1, 2]]}, ValueError, "labels: .* found a ragged sequence"),
+    ({"labels": [[0], [1, 2]]}, ValueError, r"labels: expected one class a sample for Power\(.*\), found several"),
     ({"labels": []}, ValueError, "labels: expected at least one, found 0"),
     ({"labels": ClassIndex([0, 1]), "num_classes": 2}, ValueError, "num_classes: expected None with a ClassIndex"),
     ({"labels": ClassIndex([0, 1]), "indices": [1]}, ValueError, "indices: expected None with a ClassIndex"),
@@ -343,9 +343,11 @@ def test_wrong_calls(options: dict[str, Any], error: type[Exception], message: s
 
 
 def test_wrong_weights_beside_an_index() -> None:
-    """What the data set's size is an index does not say; but where its last member is."""
-    with pytest.raises(ValueError, match="sample_weight: expected at least 4, one weight a sample .* found 3"):
+    """An index that was not made of labels does not say how large the data set is; but where its last member is."""
+    with pytest.raises(ValueError, match=r"sample_weight: expected shape \(4,\), one weight a sample, found \(3,\)"):
         LongTailSampler(ClassIndex([0, 0, 1, 2]), "sample_weight", sample_weight=[1, 1, 1])
+    with pytest.raises(ValueError, match="sample_weight: expected at least 4, one weight a sample .* found 3"):
+        LongTailSampler(ClassIndex.singletons(2, [1, 3]), "sample_weight", sample_weight=[1, 1, 1])
     with pytest.raises(ValueError, match="sample_weight: expected a weight > 0 of a sample that the sampler is for"):
         LongTailSampler([0, 0, 1], "sample_weight", sample_weight=[1, 0, 0], indices=[1, 2])
     with pytest.raises(ValueError, match="class_weight: expected a weight > 0 of a class with samples"):
