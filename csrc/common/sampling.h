@@ -46,17 +46,20 @@ struct SamplingCall {
   int64_t* out;
 };
 
-struct Member {
-  int64_t klass, at;  // which of the class's members; -1 in a class that has none
+// Where the members of a class stand, and how many they are.
+struct Members {
+  int64_t first, count;
 };
 
-LTK_HOST_DEVICE int64_t class_size(const SamplingCall& call, int64_t klass) {
-  return call.offsets ? call.offsets[klass + 1] - call.offsets[klass] : 1;
+LTK_HOST_DEVICE Members members_of(const SamplingCall& call, int64_t klass) {
+  if (!call.offsets) return {klass, 1};
+  const int64_t first = call.offsets[klass];
+  return {first, call.offsets[klass + 1] - first};
 }
 
 // With replacement: word 0 and 1 are a fraction of 64 bits, whose product with C has the column of the alias table in
 // front of the point and, behind it, what is compared with the column's threshold. Words 2 and 3 are the member's.
-LTK_HOST_DEVICE Member drawn(const SamplingCall& call, int64_t position, uint32_t epoch) {
+LTK_HOST_DEVICE int64_t drawn(const SamplingCall& call, int64_t position, uint32_t epoch) {
   const PhiloxBlock random = philox(uint64_t(position), epoch, Stream::draws, call.seed);
   const uint64_t classes = uint64_t(call.classes);
   const uint64_t point = random.words[0] * classes + (random.words[1] * classes >> 32);
@@ -66,12 +69,12 @@ LTK_HOST_DEVICE Member drawn(const SamplingCall& call, int64_t position, uint32_
     if (uint32_t(point) >= uint32_t(entry)) klass = entry >> 32;
   }
   const uint64_t fraction = uint64_t(random.words[3]) << 32 | random.words[2];
-  const int64_t members = class_size(call, int64_t(klass));
-  return {int64_t(klass), members > 0 ? int64_t(multiply_high(fraction, uint64_t(members))) : -1};
+  const Members members = members_of(call, int64_t(klass));
+  return members.count > 0 ? members.first + int64_t(multiply_high(fraction, uint64_t(members.count))) : -1;
 }
 
 // Without replacement: classes are dealt in rounds, members in cycles through a permutation of the class.
-LTK_HOST_DEVICE Member dealt(const SamplingCall& call, int64_t position, uint32_t epoch) {
+LTK_HOST_DEVICE int64_t dealt(const SamplingCall& call, int64_t position, uint32_t epoch) {
   const int64_t group = position / call.draws, draw = position % call.draws;
   const int64_t round = group / call.groups, place = group % call.groups;
   const int64_t start = call.slots ? call.slots[place].window_start : 0;
@@ -83,22 +86,29 @@ LTK_HOST_DEVICE Member dealt(const SamplingCall& call, int64_t position, uint32_
     klass = call.slots[at].klass;
     turn = round * call.quotas[klass] + call.slots[at].ordinal;
   }
-  const int64_t members = class_size(call, klass);
-  if (members <= 0) return {klass, -1};
+  const Members members = members_of(call, klass);
+  if (members.count <= 0) return -1;
   const int64_t ordinal = turn * call.draws + draw;
   // A cycle is all members, or, with `distinct`, as many as fill groups.
-  const int64_t length = call.distinct && members >= call.draws ? members - members % call.draws : members;
+  const int64_t length =
+      call.distinct && members.count >= call.draws ? members.count - members.count % call.draws : members.count;
   const int64_t cycle = ordinal / length;
   const PhiloxBlock way = philox(uint64_t(klass) << 32 | uint32_t(cycle), epoch, Stream::member_orders, call.seed);
-  return {klass, permuted(ordinal % length, members, way)};
+  return members.first + permuted(ordinal % length, members.count, way);
 }
 
-// -1 where a class came that has no member, which only a call that nobody checked can have.
+// Where in the samples, in the order of their classes, a position is; -1 where a class came that has no member, which
+// only a call that nobody checked can have.
+LTK_HOST_DEVICE int64_t place_at(const SamplingCall& call, int64_t position, uint32_t epoch) {
+  return call.dealt ? dealt(call, position, epoch) : drawn(call, position, epoch);
+}
+
 LTK_HOST_DEVICE int64_t sample_at(const SamplingCall& call, int64_t position, uint32_t epoch) {
-  const Member member = call.dealt ? dealt(call, position, epoch) : drawn(call, position, epoch);
-  if (member.at < 0) return -1;
-  const int64_t at = call.offsets ? call.offsets[member.klass] + member.at : member.klass;
-  return call.members32 ? call.members32[at] : call.members64 ? call.members64[at] : at;
+  const int64_t place = place_at(call, position, epoch);
+  if (!call.members32 && !call.members64) return place;
+  const int64_t some = place < 0 ? 0 : place;  // a read that can be under way beside that of another position
+  const int64_t sample = call.members32 ? call.members32[some] : call.members64[some];
+  return place < 0 ? -1 : sample;
 }
 
 }  // namespace ltk

@@ -15,12 +15,12 @@ struct Digits {
 
 class DigitCounter {
  public:
-  DigitCounter(const SamplingCall& call, int64_t first) : groups_(call.groups), draws_(call.draws) {
+  LTK_INLINE DigitCounter(const SamplingCall& call, int64_t first) : groups_(call.groups), draws_(call.draws) {
     at_ = split(call.start + first * call.step);
     step_ = split(call.step);
   }
 
-  Digits next() {
+  LTK_INLINE Digits next() {
     const Digits at = at_;
     at_.draw += step_.draw;
     at_.place += step_.place;
@@ -31,7 +31,7 @@ class DigitCounter {
   }
 
  private:
-  Digits split(int64_t position) const {
+  LTK_INLINE Digits split(int64_t position) const {
     const int64_t group = position / draws_;
     return {group / groups_, group % groups_, position % draws_};
   }
@@ -46,9 +46,8 @@ struct Turn {
   int64_t cycle, at;       // which time through its members, and how far
 };
 
-inline Turn turn_of(const SamplingCall& call, int64_t klass, int64_t ordinal) {
-  const int64_t first = call.offsets ? call.offsets[klass] : klass;
-  const int64_t members = call.offsets ? call.offsets[klass + 1] - first : 1;
+LTK_INLINE Turn turn_of(const SamplingCall& call, int64_t klass, int64_t ordinal) {
+  const auto [first, members] = members_of(call, klass);
   const int64_t length = call.distinct && members >= call.draws ? members - members % call.draws : members;
   const int64_t cycle = ordinal < length || length <= 0 ? 0 : ordinal / length;
   return {first, members, cycle, ordinal - cycle * length};
@@ -62,7 +61,7 @@ class DealtVectors {
   DealtVectors(const SamplingCall& call, int64_t first) : call_(call), digits_(call, first), keys_(call.seed) {}
 
   // The places of the next positions; false if a class without members came.
-  bool next(int64_t* places) {
+  LTK_INLINE bool next(int64_t* places) {
     constexpr int n = vectors;
     const Words low = every(0xFFFFFFFFu);
     Words round[n], draw[n], window[n], start[n], size[n], klass[n];
@@ -113,7 +112,7 @@ class DealtVectors {
   }
 
  private:
-  void blocks(WordBlocks (&to)[vectors], const Words (&position)[vectors], Stream stream) const {
+  LTK_INLINE void blocks(WordBlocks (&to)[vectors], const Words (&position)[vectors], Stream stream) const {
     Words c0[vectors], c1[vectors], c2[vectors], c3[vectors];
     for (int k = 0; k < vectors; ++k)
       c0[k] = position[k], c1[k] = position[k] >> 32, c2[k] = every(call_.epoch), c3[k] = every(stream);

@@ -46,10 +46,8 @@ LTK_INLINE bool in_blocks(const SamplingCall& call, int64_t begin, int64_t end, 
 
 inline bool one_by_one(const SamplingCall& call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t position = call.start + i * call.step;
-    const Member member = call.dealt ? dealt(call, position, call.epoch) : drawn(call, position, call.epoch);
-    if (member.at < 0) return false;
-    call.out[i] = call.offsets ? call.offsets[member.klass] + member.at : member.klass;
+    call.out[i] = place_at(call, call.start + i * call.step, call.epoch);
+    if (call.out[i] < 0) return false;
   }
   prefetch(call, begin, end);
   return true;

@@ -1,9 +1,10 @@
 // The kernels of sampling: one launch, nothing allocated, each position alone.
 //
 // A draw is a chain of gathers - alias entry, class offsets, member - of which the last goes to memory. What hides
-// their latency is threads, so a kernel keeps to the registers that let all of them in; a thread that draws has two
-// positions under way, one store of 16 bytes. To deal is arithmetic: two blocks of random bits and two permutations,
-// whose loops do not overlap. There a thread has one position, so that a small batch does not wait for two.
+// their latency is threads, and two positions of each under way: 1,280 threads of a multiprocessor wait for 80 KB, four
+// times what the copy bandwidth of an H100 needs. A thread's two indices are one store of 16 bytes. To deal is
+// arithmetic: two blocks of random bits and two permutations, whose loops do not overlap. There a thread has one
+// position, so that a small batch does not wait for two.
 #include <algorithm>
 
 #include "cuda/sampling.h"
@@ -43,7 +44,7 @@ LTK_DEVICE void draw_pairs(SamplingCall call) {
 // The usual calls, compiled without the branches of others: classes with int32 members, drawn by an alias table or all
 // with the same probability.
 template <bool weighted>
-LTK_KERNEL(threads_a_block, 8)
+LTK_KERNEL(threads_a_block, 5)
 draw(const SamplingCall given) {
   SamplingCall call = given;
   LTK_ASSUME(call.offsets != nullptr);
@@ -53,7 +54,7 @@ draw(const SamplingCall given) {
   draw_pairs(call);
 }
 
-LTK_KERNEL(threads_a_block, 8) draw_any(const SamplingCall call) { draw_pairs(call); }
+LTK_KERNEL(threads_a_block, 5) draw_any(const SamplingCall call) { draw_pairs(call); }
 
 template <bool slots>
 LTK_KERNEL(threads_a_block, 6)
