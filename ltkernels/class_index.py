@@ -137,7 +137,7 @@ class ClassIndex:
 
         Raises:
             TypeError: not integers.
-            ValueError: ``num_samples`` below 1, another number of members, or a negative one.
+            ValueError: ``num_samples`` below 1 or from 2^31 on, another number of members, or a negative one.
 
         Example:
             >>> from ltkernels.class_index import ClassIndex
@@ -145,8 +145,8 @@ class ClassIndex:
             tensor([1, 1, 1])
         """
         num_samples = arg.integer("num_samples", num_samples)
-        if num_samples < 1:
-            raise ValueError(f"num_samples: expected at least 1, found {num_samples}")
+        if not 1 <= num_samples <= _MOST_CLASSES:
+            raise ValueError(f"num_samples: expected 1 to {_MOST_CLASSES}, found {num_samples}")
         positions = np.empty(0, np.int32)
         if members is not None:
             given = _integers("members", members)
@@ -169,7 +169,7 @@ class ClassIndex:
             num_classes: as in :class:`ClassIndex`.
 
         Raises:
-            TypeError, ValueError: as :class:`ClassIndex`; positions count the labels one after the other.
+            TypeError, ValueError: as :class:`ClassIndex`; a position is that of a (sample, class) pair, in their order.
 
         Example:
             >>> from ltkernels.class_index import ClassIndex
@@ -249,7 +249,7 @@ class ClassIndex:
 
         The file appears under its name when it is complete; until then one that was there stays as it was.
         """
-        path = os.fspath(path)
+        path = os.fsdecode(path)
         partial = f"{path}.{uuid4().hex}.partial"
         try:
             with open(partial, "xb") as file:
@@ -287,7 +287,7 @@ class ClassIndex:
             >>> ClassIndex.load(path).class_counts
             tensor([1, 3])
         """
-        path = os.fspath(path)
+        path = os.fsdecode(path)
         fields = _read(path)
 
         def check(right: object, expected: str, found: object) -> None:
@@ -306,15 +306,17 @@ class ClassIndex:
         check(len(offsets) != 1, "no offsets or at least two", "one")
         if len(offsets):
             check(offsets[0] == 0 and offsets[-1] == n, f"offsets from 0 to {n}", f"{offsets[0]} to {offsets[-1]}")
-            steps = np.diff(offsets)
-            worst = int(steps.argmin())
-            check(steps[worst] >= 0, "ascending offsets", f"{offsets[worst + 1]} after {offsets[worst]}")
-        wrong, _ = _scan(members, None, 2**63 - 1)
-        check(wrong < 0, "members >= 0", f"{members[wrong]} at position {wrong}" if wrong >= 0 else "")
+            falls = offsets[1:] < offsets[:-1]
+            worst = int(falls.argmax())
+            check(not falls[worst], "ascending offsets", f"{offsets[worst + 1]} after {offsets[worst]}")
         classes = max(len(offsets) - 1, 0) or n
         data_size, several = fields["data_size"], fields["is_multilabel"]
         check(data_size.dtype == np.int64 and data_size.shape == (), "data_size: an int64", repr(data_size))
         check(several.dtype == np.bool_ and several.shape == (), "is_multilabel: a bool", repr(several))
+        limit = 2**63 - 1 if data_size < 0 else int(data_size)
+        wrong, _ = _scan(members, None, limit)
+        found = f"{members[wrong]} at position {wrong}" if wrong >= 0 else ""
+        check(wrong < 0, f"members in [0, {limit})" if data_size >= 0 else "members >= 0", found)
         index = cls.__new__(cls)._set(
             torch.from_numpy(offsets),
             torch.from_numpy(members),
@@ -331,9 +333,13 @@ def has_several(labels: Any) -> bool:
     """Whether labels are several a sample: two dimensions, or sequences in a sequence."""
     if isinstance(labels, (Tensor, np.ndarray)):
         return labels.ndim == 2
-    return any(
-        isinstance(of_sample, (Sequence, np.ndarray, Tensor)) and not isinstance(of_sample, str) for of_sample in labels
-    )
+    return isinstance(labels, Sequence) and not isinstance(labels, str) and any(map(_is_sequence, labels))
+
+
+def _is_sequence(value: Any) -> bool:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def flat_labels(labels: Any) -> tuple[_Array, _Array, int]:
@@ -341,19 +347,21 @@ def flat_labels(labels: Any) -> tuple[_Array, _Array, int]:
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu().numpy()
     if not isinstance(labels, np.ndarray) and has_several(labels):
-        parts = [np.atleast_1d(np.asarray(part, dtype=None if len(part) else np.int64)) for part in labels]
-        samples = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        classes, size = np.concatenate(parts), len(parts)
+        parts = []
+        for sample, part in enumerate(labels):
+            if not _is_sequence(part):
+                raise TypeError(f"labels: expected a sequence of classes for each sample, found {part!r} at {sample}")
+            parts.append(rebalance._as_array("labels", part, kinds="iu") if len(part) else np.zeros(0, np.uint8))
+        samples = np.repeat(np.arange(len(parts)), [part.size for part in parts])
+        classes, size = np.concatenate([part.reshape(-1).astype(np.int64) for part in parts]), len(parts)
     else:
-        array = np.asarray(labels) if len(labels) else np.zeros(0, np.int64)
+        array = rebalance._as_array("labels", labels, kinds="iu")
         if array.ndim not in (1, 2):
             raise ValueError(f"labels: expected shape (n,) or (n, k), found {array.shape}")
         samples = np.repeat(np.arange(len(array)), array[0].size if len(array) else 1)
         classes, size = array.reshape(-1), len(array)
         if array.ndim == 2 and array.dtype.kind == "i":  # padding
             samples, classes = samples[classes >= 0], classes[classes >= 0]
-    if classes.dtype.kind not in "iu":
-        raise TypeError(f"labels: expected integers, found {classes.dtype}")
     return samples, classes.astype(np.int64), size
 
 

@@ -70,8 +70,13 @@ def test_states_are_the_samplers() -> None:
     state = _sampler().state_dict() | {"position": 101}
     other.load_state_dict(state)
     assert other()[0].tolist() == [10 * i for i in _epoch(1)[:10]]
-    with pytest.raises(ValueError, match="state_dict: expected a position that is a multiple of 10, found 7"):
+    before = other.state_dict()
+    message = "sampler, state_dict: expected a position that is a multiple of 10, the samples of a batch, found 7"
+    with pytest.raises(ValueError, match=message):
         other.load_state_dict(state | {"position": 7})
+    with pytest.raises(ValueError, match="state_dict: expected seed 3 as of the sampler, found 4"):
+        other.load_state_dict(state | {"seed": 4})
+    assert other.state_dict() == before
 
 
 def _epoch(epoch: int) -> list[int]:
@@ -81,11 +86,26 @@ def _epoch(epoch: int) -> list[int]:
 
 
 def test_from_a_sampler_that_is_somewhere() -> None:
-    for position, epoch, start in ((0, 0, 0), (40, 0, 40), (101, 1, 0)):
+    for position, epoch, start in ((0, 0, 0), (40, 0, 40), (100, 1, 0), (101, 1, 0)):
         sampler = _sampler()
         sampler.load_state_dict(sampler.state_dict() | {"position": position})
         batches = DeviceBatches(sampler, DATA, batch_size=10)
         assert batches()[0].tolist() == [10 * i for i in _epoch(epoch)[start : start + 10]]
+
+
+def test_from_a_sampler_that_is_under_way() -> None:
+    """After its last whole batch the next epoch begins; in the middle of a batch there is no place to begin."""
+    for taken in (20, 100):
+        sampler = _sampler()
+        begun = iter(sampler)
+        for _ in range(taken):
+            next(begun)
+        batches = DeviceBatches(sampler, DATA, batch_size=10)
+        assert [len(list(batches)) for _ in range(2)] == ([8, 10] if taken == 20 else [10, 10])
+    sampler = _sampler()
+    next(iter(sampler))
+    with pytest.raises(ValueError, match="expected a position that is a multiple of 10, the samples of a batch, found 1"):
+        DeviceBatches(sampler, DATA, batch_size=10)
 
 
 def test_the_rest_of_an_epoch_after_a_break() -> None:

@@ -74,6 +74,11 @@ def test_keys_and_labels_of_every_kind() -> None:
     assert repeat_count([], [], [0.5], seed=0).tolist() == []
 
 
+def test_factors_keep_their_digits() -> None:
+    for factor in ([1 + 1e-9], np.array([1 + 1e-9]), torch.tensor([1 + 1e-9], dtype=torch.float64)):
+        assert repeat_count(1, 0, factor, seed=0, rounding="ceil") == 2
+
+
 def test_ceil() -> None:
     assert repeat_count([1, 2, 3, 4, 5], range(5), FACTOR, seed=0, rounding="ceil").tolist() == [0, 1, 1, 2, 3]
 
@@ -107,10 +112,10 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         {"keys": [0.5, 1.5]},
     ),
     "factor": (
-        ValueError, "repeat_factor: expected finite factors >= 0, found -1 at class 1", {"repeat_factor": [1.0, -1.0]},
+        ValueError, "repeat_factor: expected 0 <= factors < 2^31, found -1 at class 1", {"repeat_factor": [1.0, -1.0]},
     ),
     "factor nan": (
-        ValueError, "repeat_factor: expected finite factors >= 0, found nan at class 0",
+        ValueError, "repeat_factor: expected 0 <= factors < 2^31, found nan at class 0",
         {"repeat_factor": [float("nan"), 1.0]},
     ),
     "factor shape": (ValueError, "repeat_factor: expected shape (C,), found ()", {"repeat_factor": torch.tensor(1.0)}),

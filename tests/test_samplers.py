@@ -459,3 +459,22 @@ def test_more_samples_than_multinomial_takes() -> None:
     drawn = LongTailSampler(np.zeros(size, np.int8), "sample_weight", sample_weight=weight, num_samples=50_000)
     found = np.bincount(np.array(list(drawn)) - 2**24, minlength=1000)
     assert abs(deviation(found, np.full(1000, 50.0))) < 4
+
+
+def test_parameters_of_any_integer_type_are_the_same_strategy() -> None:
+    labels = [0, 0, 0, 1, 1, 2]
+    for strategy, parameters in (
+        ("progressive", {"epochs": 5}),
+        ("class_aware", {"draws_per_class": 2}),
+        ("m_per_class", {"m": 2, "batch_size": 4}),
+    ):
+        typed = {name: np.int64(value) for name, value in parameters.items()}
+        state = LongTailSampler(labels, strategy, **typed).state_dict()
+        LongTailSampler(labels, strategy, **parameters).load_state_dict(state)
+    assert repr(Power(-0.0)) == repr(Power(0.0))
+
+
+def test_labels_as_a_data_set_gives_them() -> None:
+    expected = list(LongTailSampler([0, 0, 1, 2]))
+    for of_sample in (torch.tensor, np.array, np.int16):
+        assert list(LongTailSampler([of_sample(label) for label in (0, 0, 1, 2)])) == expected

@@ -77,9 +77,22 @@ class DeviceBatches:
         self._class_index = draws.class_index.to(device)
         self._class_draws = None if draws.class_draws is None else draws.class_draws.to(device)
         self._steps = sampler._epoch_length(0) // of_all
-        place = sampler._place if sampler._last is not None and not sampler._last.ended else sampler._next_place
-        self._position = torch.tensor(place.position + sampler._rank, device=device)  # of this rank's next sample
-        self._epoch = torch.tensor(place.epoch, device=device)
+        self._position = torch.zeros((), dtype=torch.int64, device=device)  # of this rank's next sample
+        self._epoch = torch.zeros((), dtype=torch.int64, device=device)
+        running = sampler._last is not None and not sampler._last.ended
+        self._go_to(sampler._place if running else sampler._next_place)
+
+    def _go_to(self, place: Place) -> None:
+        of_all = self.batch_size * self._replicas
+        batches, partial = divmod(place.position, of_all)
+        ended = batches >= self._steps
+        if partial and not ended:
+            raise ValueError(
+                f"sampler, state_dict: expected a position that is a multiple of {of_all}, the samples of a batch,"
+                f" found {place.position}"
+            )
+        self._position.fill_(self.sampler._rank if ended else place.position + self.sampler._rank)
+        self._epoch.fill_(place.epoch + ended)
 
     def __call__(self) -> tuple[Tensor, ...]:
         """The next batch: of each tensor the rows of the same samples."""
@@ -119,15 +132,12 @@ class DeviceBatches:
         """Goes on where a state of these batches, or of the sampler, was taken; also in graphs captured before.
 
         Raises:
-            TypeError, ValueError: as of the sampler; a position in the middle of a batch.
+            TypeError, ValueError: as of the sampler; a state of another seed, which captured graphs would not take
+                over; a position in the middle of a batch.
         """
         seed = self.sampler.seed
         place = self.sampler._load(state_dict)
-        of_all = self.batch_size * self._replicas
-        whole, partial = divmod(place.position, of_all)
-        if partial and whole < self._steps:
-            self.sampler.seed = seed
-            raise ValueError(f"state_dict: expected a position that is a multiple of {of_all}, found {place.position}")
-        ended = whole >= self._steps
-        self._position.fill_(self.sampler._rank if ended else place.position + self.sampler._rank)
-        self._epoch.fill_(place.epoch + ended)
+        found, self.sampler.seed = self.sampler.seed, seed
+        if found != seed:
+            raise ValueError(f"state_dict: expected seed {seed} as of the sampler, found {found}")
+        self._go_to(place)

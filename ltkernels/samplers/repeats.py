@@ -88,7 +88,7 @@ def repeat_count(
         labels: class of each sample, ``(n,)``, any integer type. For samples of several classes ``(n, k)`` with
             negative padding, or a sequence of sequences: the largest factor of its classes counts, and a sample without
             a class has factor 1. For one key, one label or a sequence of them.
-        repeat_factor: how often to see a sample of each class, ``(C,)``, finite and >= 0; from :func:`repeat_factor`,
+        repeat_factor: how often to see a sample of each class, ``(C,)``, >= 0 and below 2^31; from :func:`repeat_factor`,
             or for instance ``counts.max() / counts`` to balance the classes.
         seed: an integer of 64 bits.
         epoch: in [0, 2^32).
@@ -115,7 +115,7 @@ def repeat_count(
     arg.choice("rounding", rounding, ("stochastic", "ceil"))
     seed, epoch = arg.integer("seed", seed), _epoch(epoch)
     factor = _factors(repeat_factor)
-    one = isinstance(keys, (int, str))
+    one = isinstance(keys, (int, str, np.integer)) or (isinstance(keys, Tensor) and keys.dim() == 0)
     of_sample = sample_factors(cast(Any, [labels] if one else labels), factor)
     key = _keys([keys] if one else keys)
     if len(key) != len(of_sample):
@@ -149,21 +149,29 @@ def sample_factors(labels: Any, class_factor: npt.NDArray[np.float64]) -> npt.ND
 
 
 def _factors(repeat_factor: Tensor | Sequence[float]) -> npt.NDArray[np.float64]:
-    factor = torch.as_tensor(repeat_factor).detach().to("cpu", torch.float64).numpy()
+    if isinstance(repeat_factor, Tensor):
+        repeat_factor = arg.tensor("repeat_factor", repeat_factor).detach().cpu().double().numpy()
+    factor = rebalance._as_array("repeat_factor", repeat_factor, kinds="iuf").astype(np.float64)
     if factor.ndim != 1 or factor.size == 0:
         raise ValueError(f"repeat_factor: expected shape (C,), found {tuple(factor.shape)}")
-    if not (np.isfinite(factor) & (factor >= 0) & (factor < 2**31)).all():
-        wrong = int(np.flatnonzero(~(np.isfinite(factor) & (factor >= 0) & (factor < 2**31)))[0])
-        raise ValueError(f"repeat_factor: expected finite factors >= 0, found {factor[wrong]:g} at class {wrong}")
+    right = (factor >= 0) & (factor < 2**31)
+    if not right.all():
+        wrong = int((~right).argmax())
+        raise ValueError(f"repeat_factor: expected 0 <= factors < 2^31, found {factor[wrong]:g} at class {wrong}")
     return factor
 
 
 def _keys(keys: Any) -> npt.NDArray[np.int64]:
     if isinstance(keys, Tensor):
         keys = keys.detach().cpu().numpy()
-    array = np.asarray(keys) if len(keys) else np.zeros(0, np.int64)
-    if array.dtype.kind in "US":
-        digests = (hashlib.blake2b(str(key).encode(), digest_size=8).digest() for key in array)
+    array = np.asarray(keys)
+    if array.ndim == 1 and array.size == 0:
+        return np.zeros(0, np.int64)
+    if array.ndim == 1 and array.dtype.kind == "U" and not isinstance(keys, np.ndarray):
+        if all(isinstance(key, str) for key in keys):
+            array = np.array(keys, dtype=object)  # NumPy's own strings lose NULs at their end
+    if array.ndim == 1 and array.dtype.kind in "UO" and all(isinstance(key, str) for key in array):
+        digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in array)
         return np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise TypeError(

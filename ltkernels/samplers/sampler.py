@@ -146,7 +146,8 @@ class LongTailSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next iteration, which starts at its beginning.
 
-        If it is the epoch that comes next anyway, nothing changes: one that was loaded goes on where it was.
+        If it is the epoch that comes next anyway, nothing changes: one that was loaded goes on where it was. An
+        iteration of that epoch that is under way keeps going, and ``state_dict`` says where it is, until another begins.
         """
         epoch = _checked_epoch("epoch", epoch)
         if self._next is None or self._next.epoch != epoch:
@@ -263,9 +264,10 @@ class LongTailSampler(Sampler[int]):
     def _epoch_samples(self, epoch: int, seed: int | None = None) -> EpochSamples:
         seed = self.seed if seed is None else seed
         key = (seed, epoch) if self.strategy.by_epoch else (0, 0)
-        if self._samples is None or self._samples[0] != key:
-            self._samples = key, self.strategy.samples(self.class_index, seed, epoch)
-        return self._samples[1]
+        samples = self._samples  # other threads may replace it
+        if samples is None or samples[0] != key:
+            samples = self._samples = key, self.strategy.samples(self.class_index, seed, epoch)
+        return samples[1]
 
     def _epoch_length(self, epoch: int, seed: int | None = None) -> int:
         """Samples in an epoch, on all ranks."""

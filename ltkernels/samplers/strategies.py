@@ -123,7 +123,7 @@ class Power(Strategy):
     replacement: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "power", arg.number("power", self.power, -arg.FLOAT32.max, math.inf))
+        object.__setattr__(self, "power", arg.number("power", self.power, -arg.FLOAT32.max, math.inf) + 0.0)
         _check_bool("replacement", self.replacement)
 
     def samples(self, class_index: ClassIndex, seed: int, epoch: int) -> Draws:
@@ -170,7 +170,7 @@ class Progressive(Strategy):
     replacement: bool = True
 
     def __post_init__(self) -> None:
-        _at_least_one("epochs", self.epochs)
+        object.__setattr__(self, "epochs", _at_least_one("epochs", self.epochs))
         _check_bool("replacement", self.replacement)
 
     def samples(self, class_index: ClassIndex, seed: int, epoch: int) -> Draws:
@@ -200,7 +200,7 @@ class ClassWeight(Strategy):
                 f"class_weight: expected shape ({class_index.num_classes},), one weight a class, found"
                 f" ({weight.numel()},)"
             )
-        mass = weight * class_index.class_counts
+        mass = weight / weight.max() * class_index.class_counts
         if not mass.any():
             raise ValueError("class_weight: expected a weight > 0 of a class with samples, found none")
         return _draws(class_index, mass, self.replacement)
@@ -247,7 +247,8 @@ class ClassAware(Strategy):
     """Rounds of all classes in random order, of each ``draws_per_class`` samples one after the other.
 
     An epoch has C times as many samples as the largest class (``length="max"``), so that each class comes that often,
-    or as the smallest (``"min"``), so that, with one draw a class, no sample comes twice.
+    or as the smallest (``"min"``), so that no sample comes twice; with several draws a class, give or take a group of
+    them in the last round.
 
     Source:
         Shen et al., "Relay Backpropagation for Effective Learning of Deep CNNs", ECCV 2016 (class-aware sampling);
@@ -258,7 +259,7 @@ class ClassAware(Strategy):
     length: str = "max"
 
     def __post_init__(self) -> None:
-        _at_least_one("draws_per_class", self.draws_per_class)
+        object.__setattr__(self, "draws_per_class", _at_least_one("draws_per_class", self.draws_per_class))
         arg.choice("length", self.length, ("max", "min"))
 
     def samples(self, class_index: ClassIndex, seed: int, epoch: int) -> Draws:
@@ -316,8 +317,9 @@ class MPerClass(Strategy):
     batch_size: int
 
     def __post_init__(self) -> None:
-        _at_least_one("m", self.m)
-        if _at_least_one("batch_size", self.batch_size) % self.m:
+        object.__setattr__(self, "m", _at_least_one("m", self.m))
+        object.__setattr__(self, "batch_size", _at_least_one("batch_size", self.batch_size))
+        if self.batch_size % self.m:
             raise ValueError(f"batch_size: expected a multiple of m, which is {self.m}, found {self.batch_size}")
 
     def samples(self, class_index: ClassIndex, seed: int, epoch: int) -> Draws:
