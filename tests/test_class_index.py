@@ -322,7 +322,7 @@ def test_singletons() -> None:
     given[0] = 5
     assert index.members.tolist() == [1, 2]  # a copy: what the caller does to the array later is not seen
     for wrong, error, message in (
-        ((0,), ValueError, "num_samples: expected at least 1, found 0"),
+        ((0,), ValueError, "num_samples: expected 1 to 2147483647, found 0"),
         ((2.0,), TypeError, "num_samples: expected an integer, found 2.0"),
         ((2, [1]), ValueError, r"members: expected shape \(2,\), found \(1,\)"),
         ((2, [1, -1]), ValueError, "members: expected positions >= 0, found -1 at position 1"),

@@ -104,7 +104,9 @@ def test_from_a_sampler_that_is_under_way() -> None:
         assert [len(list(batches)) for _ in range(2)] == ([8, 10] if taken == 20 else [10, 10])
     sampler = _sampler()
     next(iter(sampler))
-    with pytest.raises(ValueError, match="expected a position that is a multiple of 10, the samples of a batch, found 1"):
+    with pytest.raises(
+        ValueError, match="expected a position that is a multiple of 10, the samples of a batch, found 1"
+    ):
         DeviceBatches(sampler, DATA, batch_size=10)
 
 

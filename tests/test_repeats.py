@@ -105,7 +105,7 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         ValueError, "labels: expected classes in [0, 5), as many as repeat_factor has, found -1 at sample 0",
         {"labels": [-1, 2]},
     ),
-    "float labels": (TypeError, "labels: expected integers, found float64", {"labels": [0.0, 1.0]}),
+    "float labels": (TypeError, "labels: expected integers, found list of float64", {"labels": [0.0, 1.0]}),
     "labels of other keys": (ValueError, "labels: expected those of 2 keys, found 3", {"labels": [0, 1, 2]}),
     "keys": (
         TypeError, "keys: expected integers of 64 bits or strings, (n,), found float64 of shape (2,)",

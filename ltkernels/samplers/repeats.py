@@ -88,8 +88,8 @@ def repeat_count(
         labels: class of each sample, ``(n,)``, any integer type. For samples of several classes ``(n, k)`` with
             negative padding, or a sequence of sequences: the largest factor of its classes counts, and a sample without
             a class has factor 1. For one key, one label or a sequence of them.
-        repeat_factor: how often to see a sample of each class, ``(C,)``, >= 0 and below 2^31; from :func:`repeat_factor`,
-            or for instance ``counts.max() / counts`` to balance the classes.
+        repeat_factor: how often to see a sample of each class, ``(C,)``, >= 0 and below 2^31; from
+            :func:`repeat_factor`, or for instance ``counts.max() / counts`` to balance the classes.
         seed: an integer of 64 bits.
         epoch: in [0, 2^32).
         rounding: ``"stochastic"`` rounds up with the probability of the fraction, anew in each epoch, so that the
@@ -149,9 +149,9 @@ def sample_factors(labels: Any, class_factor: npt.NDArray[np.float64]) -> npt.ND
 
 
 def _factors(repeat_factor: Tensor | Sequence[float]) -> npt.NDArray[np.float64]:
-    if isinstance(repeat_factor, Tensor):
-        repeat_factor = arg.tensor("repeat_factor", repeat_factor).detach().cpu().double().numpy()
-    factor = rebalance._as_array("repeat_factor", repeat_factor, kinds="iuf").astype(np.float64)
+    is_tensor = isinstance(repeat_factor, Tensor)
+    values = arg.tensor("repeat_factor", repeat_factor).detach().cpu().double().numpy() if is_tensor else repeat_factor
+    factor = rebalance._as_array("repeat_factor", values, kinds="iuf").astype(np.float64)
     if factor.ndim != 1 or factor.size == 0:
         raise ValueError(f"repeat_factor: expected shape (C,), found {tuple(factor.shape)}")
     right = (factor >= 0) & (factor < 2**31)

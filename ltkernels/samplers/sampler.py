@@ -147,7 +147,7 @@ class LongTailSampler(Sampler[int]):
         """Chooses the epoch of the next iteration, which starts at its beginning.
 
         If it is the epoch that comes next anyway, nothing changes: one that was loaded goes on where it was. An
-        iteration of that epoch that is under way keeps going, and ``state_dict`` says where it is, until another begins.
+        iteration of that epoch that is under way keeps going, and ``state_dict`` says where it is until another begins.
         """
         epoch = _checked_epoch("epoch", epoch)
         if self._next is None or self._next.epoch != epoch:
