@@ -79,6 +79,7 @@ Sorted sort_by_class(const LabelledSamples& samples, int64_t classes, int64_t* o
                      int64_t* wrong_member) {
   using Cursor = std::make_unsigned_t<Member>;
   const int64_t size = samples.size();
+  constexpr Cursor line = 64 / sizeof(Member);
   // The threads' counts are no more than an eighth of the members.
   threads = fewer_threads(threads, size, std::max<int64_t>(16 * block_size, 8 * classes));
   std::vector<Cursor> cursors(size_t(threads) * classes);
@@ -116,6 +117,8 @@ Sorted sort_by_class(const LabelledSamples& samples, int64_t classes, int64_t* o
                              if (labels[i] >= uint32_t(classes)) return changed[t] = true, false;
                              const Cursor at = cursor[labels[i]]++;
                              if (at >= Cursor(size)) return changed[t] = true, false;
+                             // A class's next line, asked for a line early: it will hardly be in the cache by itself.
+                             if (at % line == 0) __builtin_prefetch(members + at + line, 1);
                              members[at] = Member(positions ? positions[i] : uint64_t(first + i));
                            }
                            return true;
