@@ -18,6 +18,8 @@ import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
+import ltkernels as ltk
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "python"
 sys.path.insert(0, str(PROGRAM))
@@ -299,6 +301,28 @@ def test_a_resumed_run_is_the_same_run(
     assert second.result()["outcomes"] == whole.result()["outcomes"]
 
 
+@pytest.mark.parametrize("sampler", longtail_plan.SAMPLERS[1:])
+def test_with_every_sampler(sampler: str, load: Callable[[str], longtail_data.LongTailData]) -> None:
+    """Resumed within the second epoch; the samples are the strategy's, of this epoch."""
+    data = load("digits")
+    whole, first, second = (longtail_run.Run(settings("ce", sampler=sampler), data, Batches(data)) for _ in range(3))
+    for _ in range(20):
+        whole.train_step()
+    for _ in range(17):
+        first.train_step()
+    second.load_state_dict(first.state_dict())
+    for _ in range(3):
+        second.train_step()
+    assert_same_state(second.state_dict(), whole.state_dict())
+    part = longtail_data.split(data, 0)
+    epochs = {"epochs": 2} if sampler == "progressive" else {}
+    drawn = ltk.samplers.LongTailSampler(
+        data.labels, sampler, indices=part.train, num_samples=len(part.train), **epochs
+    )
+    drawn.set_epoch(1)
+    assert torch.equal(second.sampler.indices(0, len(drawn)), torch.tensor(list(drawn)))
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(
     tmp_path: Path, load: Callable[[str], longtail_data.LongTailData]
 ) -> None:
@@ -314,6 +338,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(
             "written with seed 0, backend None; this call has seed 2, backend reference",
         ),
         ({"method": "vs"}, "method la, loss LogitAdjustedLoss"),
+        ({"sampler": "reversed"}, "written with sampler instance; this call has sampler reversed"),
     ):
         other = longtail_run.Run(settings(**{"method": "la", **changes}), data, Batches(data))
         with pytest.raises(workers.UserError, match=message):
@@ -610,6 +635,7 @@ def test_a_failed_worker_is_named(
         (["--method", "ce", "sgd"], "invalid choice: 'sgd' (choose from"),
         (["--method"], "expected at least one argument"),
         (["--backend", "tpu"], "invalid choice: 'tpu' (choose from"),
+        (["--sampler", "balanced"], "invalid choice: 'balanced' (choose from"),
         (["--epochs", "0"], "argument --epochs: expected a whole number >= 1, found '0'"),
         (["--epochs", "two"], "expected a whole number >= 1, found 'two'"),
         (["--seeds", "-1"], "argument --seeds: expected a whole number >= 1, found '-1'"),
