@@ -56,7 +56,7 @@ class AliasTable:
         ValueError: not of shape ``(C,)`` with C from 1 to 2^31 - 1; negative, not finite, or all 0.
 
     Example:
-        >>> from ltkernels.class_draws import AliasTable
+        >>> from ltkernels.samplers import AliasTable
         >>> table = AliasTable([3, 0, 1])
         >>> table.class_probs
         tensor([0.7500, 0.0000, 0.2500], dtype=torch.float64)
@@ -130,7 +130,7 @@ class ClassRounds:
             :class:`AliasTable` refuses or of another shape.
 
     Example:
-        >>> from ltkernels.class_draws import ClassRounds
+        >>> from ltkernels.samplers import ClassRounds
         >>> rounds = ClassRounds(3, [2, 1, 1])
         >>> rounds.quotas, rounds.slots[:, 2]
         (tensor([2, 1, 1], dtype=torch.int32), tensor([0, 2, 0, 1], dtype=torch.int32))

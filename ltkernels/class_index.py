@@ -68,8 +68,7 @@ class ClassIndex:
         IndexError: an index that is not a position of the data set.
 
     Example:
-        >>> import ltkernels as ltk
-        >>> from ltkernels.class_index import ClassIndex
+        >>> from ltkernels.samplers import ClassIndex
         >>> index = ClassIndex([1, 0, 1, 1])
         >>> index.offsets, index.members
         (tensor([0, 1, 4]), tensor([1, 0, 2, 3], dtype=torch.int32))
@@ -140,7 +139,7 @@ class ClassIndex:
             ValueError: ``num_samples`` below 1 or from 2^31 on, another number of members, or a negative one.
 
         Example:
-            >>> from ltkernels.class_index import ClassIndex
+            >>> from ltkernels.samplers import ClassIndex
             >>> ClassIndex.singletons(3).class_counts
             tensor([1, 1, 1])
         """
@@ -172,7 +171,7 @@ class ClassIndex:
             TypeError, ValueError: as :class:`ClassIndex`; a position is that of a (sample, class) pair, in their order.
 
         Example:
-            >>> from ltkernels.class_index import ClassIndex
+            >>> from ltkernels.samplers import ClassIndex
             >>> index = ClassIndex.multilabel([[0, 2], [], [2]])
             >>> index.class_counts, index.members, index.data_size
             (tensor([1, 0, 2]), tensor([0, 0, 2], dtype=torch.int32), 3)
@@ -281,7 +280,7 @@ class ClassIndex:
 
         Example:
             >>> import os, tempfile
-            >>> from ltkernels.class_index import ClassIndex
+            >>> from ltkernels.samplers import ClassIndex
             >>> path = os.path.join(tempfile.mkdtemp(), "train.index")
             >>> ClassIndex([1, 0, 1, 1]).save(path)
             >>> ClassIndex.load(path).class_counts
