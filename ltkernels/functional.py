@@ -299,6 +299,8 @@ def sample_indices(
     """
     if not isinstance(class_index, ClassIndex):
         raise TypeError(f"class_index: expected a ltkernels.samplers.ClassIndex, found {type(class_index).__name__}")
+    if not isinstance(replacement, bool):
+        raise TypeError(f"replacement: expected a bool, found {replacement!r}")
     device = class_index.offsets.device
     step = arg.integer("step", step)
     if step < 1:

@@ -315,6 +315,7 @@ WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         f"num_samples: expected positions below 2^63, found {2**63 + 1}",
         {"start": 2**63 - 1, "stop": None, "num_samples": 3},
     ),
+    "replacement": (TypeError, "replacement: expected a bool, found 'no'", {"replacement": "no"}),
     "step": (ValueError, "step: expected >= 1, found 0", {"step": 0}),
     "seed": (TypeError, "seed: expected an integer, found None", {"seed": None}),
     "seed size": (ValueError, f"seed: expected an integer of 64 bits, found {2**63}", {"seed": 2**63}),
