@@ -7,7 +7,7 @@ Two tables, each interleaved call by call in one process (medians, one thread)::
 * **entries**: forward and backward through the lean autograd Function, torch.func, the dispatcher op and the reference,
   on a batch so small that the way in is most of the time;
 * **gradient**: the C++ kernels alone: gradient in the forward, forward plus recomputing backward, and the gradient kept
-  and then multiplied, which is what another upstream value than 1 costs. ltkernels/ops/cross_entropy.py says what
+  and then multiplied, which is what another upstream value than 1 costs. ltkernels/ops/entries.py says what
   follows from that.
 """
 

@@ -274,7 +274,7 @@ class Table:
     def _tell(self, row: Implementation, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
-            warnings.warn(f"ltkernels: {self.op} does not use the {row.backend} backend: {reason}", stacklevel=5)
+            warnings.warn(f"ltkernels: {self.op} does not use the {row.backend} backend: {reason}", stacklevel=6)
 
     def _asked_for(self, name: str, device: torch.device, call: tuple[Any, ...]) -> Implementation:
         _check_name(name)
