@@ -236,9 +236,7 @@ def test_use_backend_around_compiled_code(monkeypatch: pytest.MonkeyPatch) -> No
                 torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
     assert counter.frame_count == 1
     with ltk.use_backend("reference"):
-        monkeypatch.setattr(
-            "ltkernels.ops.table.compiled_ops", lambda *names: pytest.fail("the cpu backend was used")
-        )
+        monkeypatch.setattr("ltkernels.ops.table.compiled_ops", lambda *names: pytest.fail("the cpu backend was used"))
         gradients(step(*variables), variables)
 
 

@@ -49,7 +49,7 @@ def call(op: Op, tensors: tuple[Tensor | None, ...], options: Any, inplace: bool
     input = tensors[0]
     assert input is not None
     if torch.compiler.is_compiling() or type(input) not in _PLAIN:
-        if torch._C._are_functorch_transforms_active() or only_reference(op, tensors):  # a transform inside a graph
+        if torch._C._are_functorch_transforms_active() or only_reference(op, *tensors):  # a transform inside a graph
             return op.reference(*tensors, options)
         loss: Tensor = op.forward(*tensors, *options)[0]
         return loss
@@ -62,10 +62,12 @@ def call(op: Op, tensors: tuple[Tensor | None, ...], options: Any, inplace: bool
     if torch._C._are_functorch_transforms_active():
         loss = _Transformable.apply(op, *tensors, options, implementation)[0]
         return loss
-    variables = op.variables(tensors)
-    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in variables):
-        loss = _Lean.apply(*variables, (op, tensors, options, implementation, inplace))
-        return loss
+    if torch.is_grad_enabled():
+        variables = op.variables(tensors)
+        for variable in variables:
+            if variable is not None and variable.requires_grad:
+                loss = _Lean.apply(*variables, (op, tensors, options, implementation, inplace))
+                return loss
     loss = implementation.forward(*tensors, *options, False)[0]
     return loss
 

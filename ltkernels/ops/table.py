@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from operator import itemgetter
 from typing import Any
@@ -63,9 +63,7 @@ class Op:
         get = itemgetter(*gradients)
         self.variables: Callable[[Tensors], Tensors] = get if len(gradients) > 1 else lambda values: (get(values),)
 
-        def refuses(*call: Any) -> str | None:
-            return only_reference(self, call)
-
+        refuses = partial(only_reference, self)
         implementation = backends.Implementation
         self.table = backends.Table(
             name,
@@ -99,7 +97,7 @@ def _unwrapped(value: Tensor | None) -> Tensor | None:
     return value
 
 
-def only_reference(op: Op, tensors: Tensors) -> str | None:
+def only_reference(op: Op, *tensors: Tensor | None) -> str | None:
     """Derivatives that only PyTorch's autograd through the reference computes."""
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation, which only the reference computes"
