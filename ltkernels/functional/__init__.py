@@ -1,0 +1,11 @@
+"""Public functions, one per hot path: they check arguments, call the op and reduce.
+
+``cross_entropy`` is a drop-in for :func:`torch.nn.functional.cross_entropy` that also takes the parameters of the
+softmax losses for long-tailed data: per-class scales, biases and margins, focal factors, sample weights and explicit
+denominators. ``sample_indices`` draws class-balanced samples: a pure function of seed, epoch and position.
+"""
+
+from ltkernels.functional.cross_entropy import cross_entropy
+from ltkernels.functional.sampling import sample_indices
+
+__all__ = ["cross_entropy", "sample_indices"]
