@@ -154,3 +154,18 @@ def choice(name: str, value: str, allowed: Sequence[str], more: str = "") -> str
     if value not in allowed:
         raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}{more}, found {value!r}")
     return value
+
+
+def position(name: str, value: int | Tensor, device: torch.device, end: int) -> tuple[int, Tensor | None]:
+    """A number, or 0 and the tensor that has it on the device."""
+    if isinstance(value, Tensor):
+        if value.dtype is not torch.int64 or value.dim() != 0 or value.device != device:
+            raise ValueError(
+                f"{name}: expected an integer or a 0-d int64 tensor on {device}, found {value.dtype} of shape"
+                f" {tuple(value.shape)} on {value.device}"
+            )
+        return 0, value
+    value = integer(name, value)
+    if not 0 <= value < end:
+        raise ValueError(f"{name}: expected >= 0 and below {end}, found {value}")
+    return value, None

@@ -16,6 +16,7 @@ enum Stream : uint32_t {
   class_orders = 1,   // position of a window of a round: the order of its classes
   member_orders = 2,  // (cycle, class): the order of a class's members
   repeats = 3,        // key of a sample: whether its repeat factor is rounded up
+  class_drops = 4,    // four classes of a row: which of them are dropped (row_adjustments.h)
 };
 
 struct PhiloxBlock {

@@ -62,6 +62,22 @@ LTK_HOST_DEVICE FocalTerms<T> focal_terms(T ce, T rest, const RowOptions<T>& o) 
                           : FocalTerms<T>{modulation, modulation, slope};
 }
 
+// The factor alpha / (norm |p - onehot|_1 + eps) of influence-balanced loss, |p - onehot|_1 = 2 rest. It multiplies
+// what the focal factor does; its own derivative with respect to nll is -factor 2 norm p / (2 norm rest + eps).
+template <class T>
+struct Influence {
+  T norm, alpha, eps;
+};
+
+template <class T>
+LTK_HOST_DEVICE FocalTerms<T> with_influence(const FocalTerms<T>& f, T ce, T rest, const Influence<T>& influence,
+                                             bool detached) {
+  const T below = T(2) * influence.norm * rest + influence.eps, factor = influence.alpha / below;
+  const T p = T(1) - rest;
+  const T slope = !detached && p > T(0) ? ce * f.modulation * factor * (T(2) * influence.norm * p / below) : T(0);
+  return {f.modulation * factor, f.a * factor, f.b * factor - slope};
+}
+
 // weight * value where a weight of zero takes out an infinite value.
 template <class T>
 LTK_HOST_DEVICE T weighted(T weight, T value) {
@@ -72,7 +88,8 @@ LTK_HOST_DEVICE T weighted(T weight, T value) {
 // `smooth_distance` sum_j ws_j (m - u_j) (margin included), `weight` w_y, `smooth_weight` ws_y, `row_weight` r.
 template <class T>
 LTK_HOST_DEVICE T finish_label_row(T max, T others, T at_label, T label_distance, T smooth_distance, T weight,
-                                   T smooth_weight, T row_weight, const RowOptions<T>& o, RowState<T>* state) {
+                                   T smooth_weight, T row_weight, const RowOptions<T>& o, RowState<T>* state,
+                                   const Influence<T>* influence = nullptr) {
   const T sum = others + at_label;
   const T log_sum = std::log(sum);
   const T lse = max + log_sum;
@@ -83,7 +100,8 @@ LTK_HOST_DEVICE T finish_label_row(T max, T others, T at_label, T label_distance
   const T soft = o.smoothing_per_class;
   T ce = weighted(hard, nll);
   if (soft > T(0)) ce += soft * (o.smoothing_total * log_sum + smooth_distance);
-  const FocalTerms<T> f = focal_terms(ce, rest, o);
+  FocalTerms<T> f = focal_terms(ce, rest, o);
+  if (influence != nullptr) f = with_influence(f, ce, rest, *influence, o.focal_detached);
   const T spread = f.a * soft * o.smoothing_total + T(2) * o.z_loss * lse;  // P minus the label's own part of it
   const T own = f.a * hard + f.b;
   state->max = max;

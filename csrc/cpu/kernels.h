@@ -2,12 +2,14 @@
 #pragma once
 
 #include "cpu/cross_entropy.h"
+#include "cpu/row_cross_entropy.h"
 #include "cpu/sampling.h"
 
 namespace ltk {
 
 struct Kernels {
   const CrossEntropyTable& cross_entropy_table;
+  const RowCrossEntropyTable& row_cross_entropy;
   const SamplingTable& sampling;
 
   template <class T>

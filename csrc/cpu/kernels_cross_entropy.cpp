@@ -10,43 +10,19 @@
 #include <limits>
 
 #include "cpu/cross_entropy.h"
-#include "cpu/row_memory.h"
+#include "cpu/row_tensors.h"
 #include "cpu/simd.h"
 #include "cpu/sweeps.h"
 
 namespace ltk::LTK_ISA {
 namespace {
 
-// The last sweep: the gradient du_j/dx_j (P e_j - S ws_j) times the upstream value, which is multiplied last so that a
-// gradient kept from the forward (upstream 1) and multiplied later has the same bits. e(j, load) gives e^(u_j - m).
 template <class T, Affine form, class Exponentials>
-void gradient_row(const CrossEntropyCall<T>& call, const Adjusted<T, form> u, const RowState<T>& state, T upstream,
-                  Exponentials e, T* out) {
-  const T slope = form == Affine::full ? T(1) : u.s;  // one slope for all columns goes into the row's factors
-  const T probability = slope * (call.inverse_denominator * state.probability);
-  const T smooth = slope * (call.inverse_denominator * state.factor * call.options.smoothing_per_class);
-  const int64_t classes = call.classes;
-  const T* ws = call.smooth;
-  const auto finish = [&](auto dl_du, auto times_upstream) {
-    sweep<T>(0, classes, [&](int64_t j, auto load, auto store) {
-      if constexpr (form == Affine::full)
-        store(out + j, times_upstream(load(u.scale + j, T(0)) * dl_du(j, load)));
-      else
-        store(out + j, times_upstream(dl_du(j, load)));
-    });
-  };
-  const auto with_upstream = [&](auto dl_du) {
-    if (upstream == T(1))
-      finish(dl_du, [](Vec<T> v) { return v; });
-    else
-      finish(dl_du, [upstream](Vec<T> v) { return v * upstream; });
-  };
-  if (ws == nullptr)
-    with_upstream([&](int64_t j, auto load) { return probability * e(j, load); });
-  else
-    with_upstream([&](int64_t j, auto load) {
-      return multiply_add<T>(splat(probability), e(j, load), -smooth * load(ws + j, T(0)));
-    });
+LTK_INLINE void gradient_row(const CrossEntropyCall<T>& call, const Adjusted<T, form> u, const RowState<T>& state,
+                             T upstream, Exponentials e, T* out) {
+  gradient_row(call.classes, u, call.inverse_denominator * state.probability,
+               call.inverse_denominator * state.factor * call.options.smoothing_per_class, call.smooth, upstream, e,
+               out);
 }
 
 // For probabilities dl/du_j = P e_j - t_j (A (1 - eps) w_j + B) - S ws_j.
@@ -136,52 +112,6 @@ T probability_row(const CrossEntropyCall<T>& call, const Adjusted<T, form>& u, i
                                 sum_lanes<T>(weighted_total), sum_lanes<T>(weighted_distance), sums.smooth_distance,
                                 call.row_weight ? call.row_weight[row] : T(1), call.options, state);
 }
-
-// The three tensors of a call, read and written a tile of rows at a time.
-template <class T>
-struct Tensors {
-  bool probabilities, long_rows;
-  int64_t tile;
-  Rows<T> input, gradient, target;
-
-  explicit Tensors(const CrossEntropyCall<T>& call)
-      : probabilities(is_floating(call.target_type)),
-        long_rows(call.classes >= 256),
-        tile(call.input_layout.stride_class != 1 || (call.gradient && call.gradient_layout.stride_class != 1) ||
-                     (probabilities && call.target_layout.stride_class != 1)
-                 ? max_tile
-                 : std::clamp<int64_t>(short_tile / call.classes, 1, max_tile)),
-        input(call.input, call.input_type, call.input_layout, call.classes, tile),
-        gradient(call.gradient, call.gradient_type, call.gradient_layout, call.classes, tile),
-        target(probabilities ? call.target : nullptr, call.target_type, call.target_layout,
-               probabilities ? call.classes : 0, tile) {}
-
-  // Calls rows(first, last) for every tile, with its logits and probabilities read and its gradient to be written.
-  template <class Tile>
-  void for_tiles(int64_t begin, int64_t end, Tile rows) {
-    for (int64_t first = begin; first < end; first += tile) {
-      const int64_t last = std::min(first + tile, end);
-      input.read(first, last);
-      target.read(first, last);
-      rows(first, last);
-      gradient.write(first, last);
-    }
-  }
-  // The memory of the row after `row`, one of those before `end`.
-  Ahead ahead(int64_t row, int64_t end) {
-    if (!long_rows || row + 1 >= end) return {};
-    return {input.memory(row + 1), gradient.memory(row + 1), input.element_bytes(), gradient.element_bytes()};
-  }
-  // Calls row(index, logits, probabilities or null, the next row's memory, gradient or scratch) for each row.
-  template <class Row>
-  void for_rows(int64_t begin, int64_t end, Row row) {
-    for_tiles(begin, end, [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; ++r)
-        row(r, input.row(first, r), probabilities ? target.row(first, r) : nullptr, ahead(r, end),
-            gradient.row(first, r));
-    });
-  }
-};
 
 template <class T, Affine form>
 Adjusted<T, form> adjusted(const CrossEntropyCall<T>& call, const T* x) {

@@ -141,6 +141,35 @@ T sum_without(const T* e, int64_t classes, int64_t skip) {
   return sum_lanes<T>(total);
 }
 
+// The last sweep: the gradient du_j/dx_j (P e_j - S ws_j) times the upstream value, which is multiplied last so that a
+// gradient kept from the forward (upstream 1) and multiplied later has the same bits. e(j, load) gives e^(u_j - m).
+template <class T, Affine form, class Exponentials>
+void gradient_row(int64_t classes, const Adjusted<T, form> u, T p, T s, const T* ws, T upstream, Exponentials e,
+                  T* out) {
+  const T slope = form == Affine::full ? T(1) : u.s;  // one slope for all columns goes into the row's factors
+  const T probability = slope * p, smooth = slope * s;
+  const auto finish = [&](auto dl_du, auto times_upstream) {
+    sweep<T>(0, classes, [&](int64_t j, auto load, auto store) {
+      if constexpr (form == Affine::full)
+        store(out + j, times_upstream(load(u.scale + j, T(0)) * dl_du(j, load)));
+      else
+        store(out + j, times_upstream(dl_du(j, load)));
+    });
+  };
+  const auto with_upstream = [&](auto dl_du) {
+    if (upstream == T(1))
+      finish(dl_du, [](Vec<T> v) { return v; });
+    else
+      finish(dl_du, [upstream](Vec<T> v) { return v * upstream; });
+  };
+  if (ws == nullptr)
+    with_upstream([&](int64_t j, auto load) { return probability * e(j, load); });
+  else
+    with_upstream([&](int64_t j, auto load) {
+      return multiply_add<T>(splat(probability), e(j, load), -smooth * load(ws + j, T(0)));
+    });
+}
+
 // Flushes results below the smallest normal number to zero while it lives: e^(u - m) reaches them in any confident row,
 // and arithmetic with subnormal numbers is many times slower.
 class FlushSubnormal {

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from ltkernels import arguments as arg
-from ltkernels.functional.reductions import given_denominator, reduction_of
+from ltkernels.functional.reductions import divided, given_denominator, reduction_of
+from ltkernels.functional.row_cross_entropy import Target, rows
 from ltkernels.ops import cross_entropy as _op
-from ltkernels.ops.options import CrossEntropyOptions
+from ltkernels.ops.options import CrossEntropyOptions, RowCrossEntropyOptions
 
 
 def cross_entropy(
     input: Tensor,
-    target: Tensor,
+    target: Target,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Tensor = 0.0,
     *,
     scale: float = 1.0,
     class_scale: Tensor | None = None,
@@ -33,6 +34,10 @@ def cross_entropy(
     sample_weight: Tensor | None = None,
     smoothing_mode: str = "all",
     z_loss: float = 0.0,
+    row_gate: Tensor | None = None,
+    feature_norm: Tensor | None = None,
+    influence_alpha: float = 1e4,
+    influence_eps: float = 1e-3,
     denominator: str | float | Tensor = "weight",
     empty: str = "nan",
     inplace: bool = False,
@@ -60,6 +65,20 @@ def cross_entropy(
       itself, as the LDAM-DRW code does. The factor multiplies the whole smoothed, weighted row.
       ``focal_grad="detached"`` treats it as a constant.
     * **z_loss** is not multiplied by class weights or the focal factor, only by the row's ``sample_weight``.
+    * **two labels**, ``target=(y_a, y_b, lam)`` (mixup, CutMix, Remix, BBN): ``lam`` of the loss with labels ``y_a``
+      and ``1 - lam`` of the loss with ``y_b``, as if this function were called twice: each label has its own margin,
+      weight and, for the mean, denominator. One visit of the logits.
+    * **margin_type**: ``"additive"`` as above. For logits that are cosines, ``"arc"`` moves the label's angle: its
+      cosine :math:`x = \cos\theta` becomes :math:`\cos(\theta + m)`, or, where :math:`\theta + m > \pi`,
+      :math:`x - m \sin m`, which goes on falling; ``"arc_straight_through"`` has no such fallback and takes the
+      gradient of the cosine as if nothing had been moved, as insightface's ArcFace does.
+    * **smoothing_mode**: ``"all"`` as above; ``"off_target"`` gives the label :math:`1 - \varepsilon` and the other
+      :math:`K - 1` classes :math:`\varepsilon / (K - 1)`. A tensor as ``label_smoothing`` has an
+      :math:`\varepsilon` for each class of the label (label-aware smoothing).
+    * **row_gate** :math:`g_i`: the adjusted logit is :math:`s\,((1 + g_i a_j) x_{ij} + g_i b_j)` (DisAlign); a
+      ``class_scale`` that is not given is 0 then.
+    * **feature_norm** :math:`h_i`: the row's loss is multiplied by :math:`\alpha / (h_i \lVert p_i - y_i \rVert_1 +
+      \epsilon)` (influence-balanced loss), beside the focal factor. ``focal_grad="detached"`` holds for both.
     * **denominator** (for ``reduction="mean"``): ``"weight"`` divides by :math:`\sum_i r_i w_{y_i}` over rows that
       are not ignored (torch's mean) and, for probabilities, by :math:`\sum_i r_i` (torch's N); ``"count"`` divides by
       the number of rows that are not ignored, as most long-tail papers do; a float or 0-d tensor divides by that.
@@ -70,22 +89,28 @@ def cross_entropy(
         input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``; float64, float32, bfloat16 or float16; any strides.
             Half-precision logits are computed in float32 and give a float32 loss.
         target: labels of any integer type, ``()``, ``(N,)`` or ``(N, d1, ...)``; or probabilities of ``input``'s
-            shape.
+            shape; or ``(labels, labels, lam)`` with ``lam`` in [0, 1] one number, a 0-d tensor or of the labels' shape.
         weight: class weights :math:`w`, ``(C,)``, any floating type, finite and >= 0.
         ignore_index: label of rows that take no part.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        label_smoothing: :math:`\varepsilon` in [0, 1].
+        label_smoothing: :math:`\varepsilon` in [0, 1], one number, or ``(C,)`` with labels.
         scale: :math:`s` > 0, an inverse temperature.
         class_scale: :math:`a`, ``(C,)``, finite; receives a gradient if it requires one.
         class_bias: :math:`b`, ``(C,)``, finite or −inf; receives a gradient if it requires one.
         class_margin: :math:`m`, ``(C,)`` or one number for all classes, finite; labels only.
-        margin_type: ``"additive"``.
+        margin_type: ``"additive"``, ``"arc"`` or ``"arc_straight_through"``; margins on angles are in radians, in
+            [0, pi].
         focal_gamma: :math:`\gamma` >= 0.
         focal_pt: ``"raw"`` or ``"weighted"``.
         focal_grad: ``"full"`` or ``"detached"``.
         sample_weight: :math:`r`, of the labels' shape, finite and >= 0.
-        smoothing_mode: ``"all"``.
+        smoothing_mode: ``"all"``, or with labels ``"off_target"``.
         z_loss: :math:`z` >= 0.
+        row_gate: :math:`g`, of the labels' shape, finite; receives a gradient if it requires one. Labels only.
+        feature_norm: :math:`h`, of the labels' shape, finite and >= 0: the L1 norm of what the classifier sees. Labels
+            only.
+        influence_alpha: :math:`\alpha` > 0, with ``feature_norm``.
+        influence_eps: :math:`\epsilon` > 0, with ``feature_norm``.
         denominator: ``"weight"``, ``"count"``, a float or a 0-d tensor.
         empty: what the mean over nothing is (the denominator is 0): ``"nan"`` as in torch, or ``"zero"``.
         inplace: allow the backward to write the gradient over ``input``'s memory, which saves one ``(N, C)`` buffer:
@@ -112,8 +137,44 @@ def cross_entropy(
 
     Source:
         Logit adjustment: Menon et al. 2021, eq. 10. LDAM: Cao et al. 2019. VS: Kini et al. 2021. Focal loss: Lin et
-        al. 2017, eq. 4. z-loss: Chowdhery et al. 2022 (PaLM).
+        al. 2017, eq. 4. z-loss: Chowdhery et al. 2022 (PaLM). ArcFace: Deng et al. 2019, eq. 3. DisAlign: Zhang et al.
+        2021, eq. 9. Influence-balanced loss: Park et al. 2021, eq. 10. Label-aware smoothing: Zhong et al. 2021
+        (MiSLAS), eq. 6.
     """
+    if (
+        isinstance(target, tuple)
+        or margin_type != "additive"
+        or smoothing_mode != "all"
+        or row_gate is not None
+        or feature_norm is not None
+        or isinstance(label_smoothing, Tensor)
+    ):
+        return _of_rows(
+            input,
+            target,
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            scale,
+            class_scale,
+            class_bias,
+            class_margin,
+            margin_type,
+            focal_gamma,
+            focal_pt,
+            focal_grad,
+            sample_weight,
+            smoothing_mode,
+            z_loss,
+            row_gate,
+            feature_norm,
+            influence_alpha,
+            influence_eps,
+            denominator,
+            empty,
+            inplace,
+        )
     arg.check_logits("input", input)
     arg.check_target(input, target)
     dim = input.dim()
@@ -144,8 +205,7 @@ def cross_entropy(
     if isinstance(denominator, Tensor):
         given, denominator = given_denominator(denominator, reduction), 1.0
     scalars = (
-        ignore_index, reduction, label_smoothing, scale, margin_type, focal_gamma, focal_pt, focal_grad, smoothing_mode,
-        z_loss, denominator, empty,
+        ignore_index, reduction, label_smoothing, scale, focal_gamma, focal_pt, focal_grad, z_loss, denominator, empty,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         options, divisor = _options.__wrapped__(*scalars)
@@ -158,15 +218,8 @@ def cross_entropy(
         raise ValueError(f"ignore_index: expected a negative number with probability targets, found {ignore_index}")
 
     loss = _op.cross_entropy(x, y, weight, class_scale, class_bias, class_margin, sample_weight, options, inplace)
-    if given is not None:
-        given = given.to(loss.dtype)
-        if options.empty_zero:
-            nothing = given == 0
-            loss = torch.where(nothing, loss * 0.0, loss / torch.where(nothing, 1.0, given))
-        else:
-            loss = loss / given
-    elif divisor != 1.0:
-        loss = loss / divisor
+    if given is not None or divisor != 1.0:
+        loss = divided(loss, given, divisor, options.empty_zero)
     if reduction == "none" and (dim == 1 or dim > 3):
         loss = loss.reshape((input.shape[0], *input.shape[2:]) if dim > 1 else ())
     return loss
@@ -178,18 +231,14 @@ def _options(
     reduction: str,
     label_smoothing: float,
     scale: float,
-    margin_type: str,
     focal_gamma: float,
     focal_pt: str,
     focal_grad: str,
-    smoothing_mode: str,
     z_loss: float,
     denominator: str | float,
     empty: str,
 ) -> tuple[CrossEntropyOptions, float]:
     """The checked scalars as the op takes them, and what its result is still to be divided by."""
-    arg.choice("margin_type", margin_type, ("additive",))
-    arg.choice("smoothing_mode", smoothing_mode, ("all",))
     kind, divisor = reduction_of(reduction, denominator)
     options = CrossEntropyOptions(
         arg.integer("ignore_index", ignore_index),
@@ -203,3 +252,74 @@ def _options(
         arg.choice("empty", empty, ("nan", "zero")) == "zero",
     )
     return options, divisor
+
+
+_MARGIN_TYPES = {"additive": 0, "arc": 1, "arc_straight_through": 2}
+
+
+def _of_rows(
+    input: Tensor,
+    target: Target,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float | Tensor,
+    scale: float,
+    class_scale: Tensor | None,
+    class_bias: Tensor | None,
+    class_margin: Tensor | float | None,
+    margin_type: str,
+    focal_gamma: float,
+    focal_pt: str,
+    focal_grad: str,
+    sample_weight: Tensor | None,
+    smoothing_mode: str,
+    z_loss: float,
+    row_gate: Tensor | None,
+    feature_norm: Tensor | None,
+    influence_alpha: float,
+    influence_eps: float,
+    denominator: str | float | Tensor,
+    empty: str,
+    inplace: bool,
+) -> Tensor:
+    """The calls of :func:`cross_entropy` whose adjustments depend on the row."""
+    arg.choice("margin_type", margin_type, tuple(_MARGIN_TYPES))
+    arg.choice("smoothing_mode", smoothing_mode, ("all", "off_target"))
+    if margin_type != "additive":
+        if class_margin is None:
+            raise ValueError(f"class_margin: expected a margin with margin_type={margin_type!r}, found None")
+        if isinstance(class_margin, (int, float)) and not torch.compiler.is_compiling():
+            class_margin = arg.number("class_margin", class_margin, 0.0, math.pi)
+        if row_gate is not None:
+            raise ValueError(f"row_gate: expected None with margin_type={margin_type!r}, found a tensor")
+    class_smoothing = label_smoothing if isinstance(label_smoothing, Tensor) else None
+    eps = 0.0 if isinstance(label_smoothing, Tensor) else label_smoothing
+    given: Tensor | None = None
+    if isinstance(denominator, Tensor):
+        given, denominator = given_denominator(denominator, reduction), 1.0
+    shared, divisor = _options(
+        ignore_index, reduction, eps, scale, focal_gamma, focal_pt, focal_grad,
+        z_loss, denominator, empty,
+    )  # fmt: skip
+    options = RowCrossEntropyOptions(
+        shared.ignore_index,
+        shared.reduction,
+        shared.label_smoothing,
+        smoothing_mode == "off_target",
+        shared.scale,
+        _MARGIN_TYPES[margin_type],
+        shared.focal_gamma,
+        shared.focal_weighted,
+        shared.focal_detached,
+        arg.number("influence_alpha", influence_alpha, 0.0, math.inf, open_low=True),
+        arg.number("influence_eps", influence_eps, 0.0, math.inf, open_low=True),
+        shared.z_loss,
+        shared.empty_zero,
+    )
+    loss = rows(
+        input, target, options, weight=weight, class_scale=class_scale, class_bias=class_bias,
+        class_margin=class_margin, class_smoothing=class_smoothing,
+        sample_weight=sample_weight, row_gate=row_gate, feature_norm=feature_norm, inplace=inplace,
+    )  # fmt: skip
+    return divided(loss, given, divisor, shared.empty_zero)

@@ -40,3 +40,14 @@ def reduction_of(reduction: str, denominator: str | float) -> tuple[int, float]:
         arg.choice("denominator", denominator, ("weight", "count"), " or a number")
         return (Reduction.MEAN_WEIGHT if denominator == "weight" else Reduction.MEAN_COUNT), 1.0
     return Reduction.SUM, arg.number("denominator", denominator, 0.0, math.inf, open_low=True)
+
+
+def divided(loss: Tensor, given: Tensor | None, divisor: float, empty_zero: bool) -> Tensor:
+    """The op's result over a denominator that the caller gave."""
+    if given is None:
+        return loss if divisor == 1.0 else loss / divisor
+    given = given.to(loss.dtype)
+    if not empty_zero:
+        return loss / given
+    nothing = given == 0
+    return torch.where(nothing, loss * 0.0, loss / torch.where(nothing, 1.0, given))

@@ -75,8 +75,8 @@ def sample_indices(
     step = arg.integer("step", step)
     if step < 1:
         raise ValueError(f"step: expected >= 1, found {step}")
-    start, start_at = _position("start", start, device, 2**63)
-    epoch, epoch_at = _position("epoch", epoch, device, 2**32)
+    start, start_at = arg.position("start", start, device, 2**63)
+    epoch, epoch_at = arg.position("epoch", epoch, device, 2**32)
     count = _count(start, start_at, stop, step, num_samples)
     table, rounds = _class_draws(class_index, class_probs, replacement)
     slots, quotas = (None, None) if rounds is None else (rounds.slots, rounds.quotas)
@@ -89,21 +89,6 @@ def sample_indices(
         epoch_at, class_index.num_classes, groups, draws, distinct, arg.integer("seed", seed), epoch, start, step,
         count,
     )  # fmt: skip
-
-
-def _position(name: str, value: int | Tensor, device: torch.device, end: int) -> tuple[int, Tensor | None]:
-    """A number, or 0 and the tensor that has it on the device."""
-    if isinstance(value, Tensor):
-        if value.dtype is not torch.int64 or value.dim() != 0 or value.device != device:
-            raise ValueError(
-                f"{name}: expected an integer or a 0-d int64 tensor on {device}, found {value.dtype} of shape"
-                f" {tuple(value.shape)} on {value.device}"
-            )
-        return 0, value
-    value = arg.integer(name, value)
-    if not 0 <= value < end:
-        raise ValueError(f"{name}: expected >= 0 and below {end}, found {value}")
-    return value, None
 
 
 def _count(start: int, start_at: Tensor | None, stop: int | None, step: int, num_samples: int | None) -> int:

@@ -27,3 +27,44 @@ class CrossEntropyOptions(NamedTuple):
     focal_detached: bool = False
     z_loss: float = 0.0
     empty_zero: bool = False
+
+
+class MarginType(IntEnum):
+    """What a margin does to the label's logit."""
+
+    ADDITIVE = 0
+    ARC = 1
+    ARC_STRAIGHT_THROUGH = 2
+
+
+class PairTerm(IntEnum):
+    """What is added to a logit for its pair of label and class."""
+
+    NONE = 0
+    TABLE = 1
+    SEESAW = 2
+    DROP = 3
+
+
+class RowCrossEntropyOptions(NamedTuple):
+    """Scalars of the losses whose adjustments depend on the row, in the order of the op's schema."""
+
+    ignore_index: int = -100
+    reduction: int = Reduction.MEAN_WEIGHT
+    label_smoothing: float = 0.0
+    off_target: bool = False
+    scale: float = 1.0
+    margin_type: int = MarginType.ADDITIVE
+    focal_gamma: float = 0.0
+    focal_weighted: bool = False
+    focal_detached: bool = False
+    influence_alpha: float = 1.0
+    influence_eps: float = 1e-3
+    z_loss: float = 0.0
+    empty_zero: bool = False
+    pair: int = PairTerm.NONE
+    pair_p: float = 0.0
+    """Seesaw's p; the probability of a drop."""
+    pair_q: float = 0.0
+    pair_eps: float = 0.0
+    seed: int = 0
