@@ -8,6 +8,7 @@
 // where l_k is its adjusted logit and u_o the plain one of the other label, if that is another class.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "cpu/philox_simd.h"
@@ -26,10 +27,12 @@ using Call = RowCrossEntropyCall<T>;
 template <class T>
 struct Workspace {
   Scratch<T> scale, bias, spare;
+  Scratch<uint32_t> words;
   explicit Workspace(const Call<T>& call)
       : scale(call.gate != nullptr ? call.classes : 0),
         bias(call.gate != nullptr || call.pair != nullptr ? call.classes : 0),
-        spare(call.classes) {}
+        spare(call.classes),
+        words(call.pair_term == PairTerm::drop ? 4 * drop_blocks(call.classes) : 0) {}
 };
 
 // The labels of a row.
@@ -87,41 +90,64 @@ void add_seesaw(const Call<T>& call, const Adjusted<T, form> z, int64_t y, T log
   bias[y] = call.bias == nullptr ? T(0) : call.bias[y];
 }
 
+// The random words of a row, in the order of its classes; `words` has room for whole blocks.
 template <class T>
-void mask(const Call<T>& call, int64_t j, uint32_t word, T* bias) {
-  if (j < call.classes && word < call.drop_threshold && call.pair[j] != T(0)) bias[j] = -infinity<T>;
-}
-
-template <class T>
-void drop_classes(const Call<T>& call, int64_t row, int64_t y, T* bias) {
-  for (int64_t j = 0; j < call.classes; ++j) bias[j] = call.bias == nullptr ? T(0) : call.bias[j];
-  const T own = bias[y];
+void random_words(const Call<T>& call, int64_t row, uint32_t* words) {
   const int64_t count = drop_blocks(call.classes), first = row * count;
   int64_t block = 0;
 #if defined(__AVX2__)
   constexpr int vectors = 4;
   const RoundKeys keys(call.seed);
+  Words lane_numbers{}, even{}, odd{};
+  for (int64_t lane = 0; lane < word_lanes; ++lane) {
+    lane_numbers[lane] = uint64_t(lane);
+    // Of two vectors with the words 0 and 1, and 2 and 3, of a block in each lane: the blocks one after the other.
+    even[lane] = uint64_t(lane / 2 + lane % 2 * word_lanes);
+    odd[lane] = even[lane] + word_lanes / 2;
+  }
   for (; block + vectors * word_lanes <= count; block += vectors * word_lanes) {
-    Words words[4][vectors];
+    Words c0[vectors], c1[vectors], c2[vectors], c3[vectors];
     for (int k = 0; k < vectors; ++k) {
-      Words position = every(uint64_t(first + block + k * word_lanes));
-      for (int64_t lane = 0; lane < word_lanes; ++lane) position[lane] += uint64_t(lane);
-      words[0][k] = position;
-      words[1][k] = position >> 32;
-      words[2][k] = every(call.step);
-      words[3][k] = every(class_drops);
+      c0[k] = lane_numbers + every(uint64_t(first + block + k * word_lanes));
+      c1[k] = c0[k] >> 32;
+      c2[k] = every(call.step);
+      c3[k] = every(class_drops);
     }
-    philox(words[0], words[1], words[2], words[3], keys);
-    for (int k = 0; k < vectors; ++k)
-      for (int64_t lane = 0; lane < word_lanes; ++lane)
-        for (int w = 0; w < 4; ++w)
-          mask(call, 4 * (block + k * word_lanes + lane) + w, uint32_t(words[w][k][lane]), bias);
+    philox(c0, c1, c2, c3, keys);
+    for (int k = 0; k < vectors; ++k) {
+      const Words low = (c0[k] & every(0xffffffff)) | c1[k] << 32, high = (c2[k] & every(0xffffffff)) | c3[k] << 32;
+      const Words parts[2] = {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, odd)};
+      std::memcpy(words + 4 * (block + k * word_lanes), parts, sizeof parts);
+    }
   }
 #endif
   for (; block < count; ++block) {
     const PhiloxBlock random = philox(uint64_t(first + block), call.step, class_drops, call.seed);
-    for (int w = 0; w < 4; ++w) mask(call, 4 * block + w, random.words[w], bias);
+    std::memcpy(words + 4 * block, random.words, sizeof random.words);
   }
+}
+
+template <class T>
+void drop_classes(const Call<T>& call, int64_t row, int64_t y, uint32_t* words, T* bias) {
+  if (call.bias == nullptr)
+    for (int64_t j = 0; j < call.classes; ++j) bias[j] = T(0);
+  else
+    std::memcpy(bias, call.bias, call.classes * sizeof(T));
+  if (call.drop_threshold == 0) return;
+  const T own = bias[y];
+  random_words(call, row, words);
+  const uint32_t highest = uint32_t(call.drop_threshold - 1);  // the threshold may be 2^32
+  int64_t j = 0;
+  if constexpr (sizeof(T) == 4) {
+    for (; j + lanes<T> <= call.classes; j += lanes<T>) {
+      BitVec<T> word;
+      std::memcpy(&word, words + j, sizeof word);
+      const IntVec<T> dropped = (IntVec<T>)(word <= highest - BitVec<T>{}) & (load(call.pair + j) != splat(T(0)));
+      store(bias + j, dropped ? splat(-infinity<T>) : load(bias + j));
+    }
+  }
+  for (; j < call.classes; ++j)
+    if (words[j] <= highest && call.pair[j] != T(0)) bias[j] = -infinity<T>;
   bias[y] = own;
 }
 
@@ -147,7 +173,7 @@ Adjusted<T, form> row_view(const Call<T>& call, const T* x, int64_t row, int64_t
       const T* terms = call.pair + y * call.classes;
       for (int64_t j = 0; j < call.classes; ++j) bias[j] = call.bias[j] + terms[j];
     } else if (call.pair_term == PairTerm::drop) {
-      drop_classes(call, row, y, bias);
+      drop_classes(call, row, y, work->words.data(), bias);
     } else if constexpr (form == Affine::full) {
       const auto z = shared_view<T, Affine::full>(call, x);
       if (!known) call.log_sum[row] = log_sum_of(z, call.classes, work->spare.data());
