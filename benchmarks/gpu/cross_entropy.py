@@ -85,7 +85,7 @@ class CrossEntropy:
         del exact
 
         forms = [
-            Form(OURS + backend, _steps(peers.as_function(variant.ours(problem).to(device))), backend=backend)
+            Form(OURS + backend, _steps(peers.our_function(variant, problem)), backend=backend)
             for backend in ltk.available_backends(device)
             if backend != "reference" or device == "cpu"
         ]

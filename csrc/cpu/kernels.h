@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/cross_entropy.h"
+#include "cpu/lade.h"
 #include "cpu/row_cross_entropy.h"
 #include "cpu/sampling.h"
 
@@ -9,6 +10,7 @@ namespace ltk {
 
 struct Kernels {
   const CrossEntropyTable& cross_entropy_table;
+  const LadeTable& lade;
   const RowCrossEntropyTable& row_cross_entropy;
   const SamplingTable& sampling;
 

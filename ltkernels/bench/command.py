@@ -16,8 +16,12 @@ import torch
 
 from ltkernels.bench import peers, report, runner, sampling
 from ltkernels.bench.device import Cpu, Cuda
+from ltkernels.bench.peers_lade import LADE_VARIANTS
+from ltkernels.bench.peers_rows import ROW_VARIANTS
 from ltkernels.bench.scenarios import SCENARIOS, Scenario, scenario
 from ltkernels.bench.targets import judge
+
+ROW_SCENARIOS = tuple(shape for shape in SCENARIOS if shape.name in ("128x100", "256x1000", "512x8142"))
 
 
 class _Op(NamedTuple):
@@ -30,6 +34,8 @@ class _Op(NamedTuple):
 
 OPS = {
     "cross_entropy": _Op(SCENARIOS, {variant.name: variant for variant in peers.VARIANTS}, runner.measure),
+    "row_cross_entropy": _Op(ROW_SCENARIOS, {variant.name: variant for variant in ROW_VARIANTS}, runner.measure),
+    "lade": _Op(ROW_SCENARIOS, {variant.name: variant for variant in LADE_VARIANTS}, runner.measure),
     "sampling": _Op(sampling.SCENARIOS, {variant.name: variant for variant in sampling.VARIANTS}, sampling.measure),
 }
 

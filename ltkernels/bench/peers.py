@@ -158,19 +158,21 @@ class Variant:
         name: identifier in records and on the command line.
         title: for tables.
         cosine: the loss expects logits in [-1, 1].
-        ours: the module of ``ltk.losses``.
+        ours: the module of ``ltk.losses``, or a call of ours where no module has the batch's other inputs.
         eager: the cheapest plain form; in float64 it is also the truth that errors are measured against.
         published: the form of research code, where it is another one.
         library: a form from another package; ``None`` where that is not installed.
+        op: the hot path that serves it.
     """
 
     name: str
     title: str
-    ours: Callable[[Problem], AdjustedCrossEntropy]
+    ours: Callable[[Problem], LossFn]
     eager: Callable[[Problem, torch.dtype], LossFn]
     published: Callable[[Problem, torch.dtype], LossFn] | None = None
     library: Callable[[Problem], LossFn | None] | None = None
     cosine: bool = False
+    op: str = "cross_entropy"
 
 
 VARIANTS: tuple[Variant, ...] = (
@@ -219,9 +221,12 @@ def empty_function(x: Tensor, y: Tensor) -> Tensor:
     return result
 
 
-def as_function(module: AdjustedCrossEntropy) -> LossFn:
-    """The functional call that the module makes, with its tables at hand, as the other forms have theirs."""
-    arguments = module._arguments()
+def our_function(variant: Variant, problem: Problem) -> LossFn:
+    """Ours as a call of a function: the one that the module makes, with its tables at hand as the other forms have."""
+    ours = variant.ours(problem)
+    if not isinstance(ours, AdjustedCrossEntropy):
+        return ours
+    arguments = ours.to(problem.logits.device)._arguments()
     return lambda x, y: functional.cross_entropy(x, y, **arguments)
 
 
@@ -233,8 +238,10 @@ def loss_forms(variant: Variant, problem: Problem, dtype: torch.dtype) -> dict[s
         problem: inputs, for the class counts and weights.
         dtype: type that the tables (weights, adjustments, margins) take in the plain forms.
     """
-    module = variant.ours(problem).to(problem.logits.device)
-    forms: dict[str, LossFn] = {OURS: as_function(module), MODULE: module, EAGER: variant.eager(problem, dtype)}
+    forms: dict[str, LossFn] = {OURS: our_function(variant, problem), EAGER: variant.eager(problem, dtype)}
+    module = variant.ours(problem)
+    if isinstance(module, torch.nn.Module):
+        forms[MODULE] = module.to(problem.logits.device)
     if variant.published is not None:
         forms[PUBLISHED] = variant.published(problem, dtype)
     if variant.library is not None and (library := variant.library(problem)) is not None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ltkernels.bench import peers, sampling
 from ltkernels.bench.peers import VARIANTS
+from ltkernels.bench.peers_lade import LADE_VARIANTS
+from ltkernels.bench.peers_rows import ROW_VARIANTS
 from ltkernels.bench.targets import Line
 
 if TYPE_CHECKING:
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 
-TITLES = {variant.name: variant.title for variant in VARIANTS} | {v.name: v.title for v in sampling.VARIANTS}
+TITLES = {variant.name: variant.title for variant in (*VARIANTS, *ROW_VARIANTS, *LADE_VARIANTS)}
+TITLES |= {variant.name: variant.title for variant in sampling.VARIANTS}
+LOSSES = ("cross_entropy", "row_cross_entropy", "lade")
 FIELDS = frozenset(
     "op variant scenario source N C dtype mode memory threads peer less_work backend rounds p25_us p50_us p75_us ratio "
     "model_bytes frac_copy launches peak_mb peak_bytes page_faults rel_err_loss rel_err_grad rounding_grad "
@@ -80,7 +84,7 @@ def results_table(records: Sequence[Record]) -> Table:
     settings = {_setting(record) for record in records}
     shared = f"\n{settings.pop()}" if len(settings) == 1 else ""
     table = Table(title=machine(records) + shared)
-    of_losses = records[0]["op"] == "cross_entropy"
+    of_losses = records[0]["op"] in LOSSES
     for header in ("batch", "threads", "loss", "form") if of_losses else ("data", "threads", "what", "form"):
         table.add_column(header, no_wrap=True)
     for header in ("median", "quartiles", "x ltkernels", "of copy", "ops", "peak MB", "faults", "loss err", "grad err"):
@@ -107,7 +111,7 @@ def results_table(records: Sequence[Record]) -> Table:
 
 
 def _setting(record: Record) -> str:
-    members = "" if record["op"] == "cross_entropy" else " members"
+    members = "" if record["op"] in LOSSES else " members"
     return f"{record['dtype']}{members}, {record['mode']}, {record['memory']} memory"
 
 
@@ -200,14 +204,17 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 
 DEFAULT_OP = {"op": "cross_entropy"}
+_OF_LOSSES = (
+    (peers.EAGER, "plain PyTorch"),
+    (peers.PUBLISHED, "published form"),
+    (peers.COMPILE, "torch.compile"),
+    (peers.LIBRARY, "imbalanced-losses"),
+    (peers.CLONE, "clone() of the logits"),
+)
 README_ROWS = {
-    "cross_entropy": (
-        (peers.EAGER, "plain PyTorch"),
-        (peers.PUBLISHED, "published form"),
-        (peers.COMPILE, "torch.compile"),
-        (peers.LIBRARY, "imbalanced-losses"),
-        (peers.CLONE, "clone() of the logits"),
-    ),
+    "cross_entropy": _OF_LOSSES,
+    "row_cross_entropy": _OF_LOSSES,
+    "lade": _OF_LOSSES,
     "sampling": (
         (sampling.MULTINOMIAL, "torch.multinomial"),
         (sampling.VECTORISED, "vectorised PyTorch"),
@@ -222,6 +229,8 @@ README_ROWS = {
 }
 README_WHAT = {
     "cross_entropy": "float32, forward and backward with argument checks",
+    "row_cross_entropy": "float32, forward and backward with argument checks",
+    "lade": "float32, forward and backward with argument checks",
     "sampling": "a million indices, or all samples of the data set (index, shuffle)",
 }
 
@@ -241,11 +250,11 @@ def readme_figures(records: Sequence[Record], command: str, op: str = "cross_ent
         ValueError: no record of ltkernels with default memory (of losses: float32, ``fwd_bwd``) is among them.
     """
     settings = {"peer": peers.OURS, "memory": "default", "op": op}
-    if op == "cross_entropy":
+    if op in LOSSES:
         settings |= {"dtype": "float32", "mode": "fwd_bwd"}
     ours = [record for record in records if settings.items() <= {**DEFAULT_OP, **record}.items()]
     if not ours:
-        kind = "float32 fwd_bwd" if op == "cross_entropy" else op
+        kind = "float32 fwd_bwd" if op in LOSSES else op
         raise ValueError(f"readme_figures: expected {kind} records of ltkernels, found none")
     scenarios = list(dict.fromkeys((r["scenario"], r["source"]) for r in ours))
     threads = sorted({r["threads"] for r in ours})

@@ -312,7 +312,7 @@ def measure(variant: Variant, shape: Scenario, device: Device, plan: Plan) -> Me
     ideal = model_bytes(shape, dtype.itemsize, plan.mode)
     copied = 2 * shape.n * shape.c * dtype.itemsize
     common = {
-        "op": "cross_entropy",
+        "op": variant.op,
         "variant": variant.name,
         "scenario": shape.name,
         "source": shape.source,

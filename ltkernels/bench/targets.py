@@ -22,6 +22,12 @@ RATIO_LIMITS: dict[tuple[str, str], tuple[float, float]] = {
     ("ldam", peers.PUBLISHED): (0.15, 0.10),
     ("ldam", peers.EAGER): (0.40, 0.30),
 }
+# The same by batch, on one thread.
+ROW_LIMITS: dict[tuple[str, str], dict[str, float]] = {
+    ("seesaw", peers.PUBLISHED): {"256x1000": 0.05, "512x8142": 0.02},
+    ("lade", peers.PUBLISHED): {"256x1000": 0.3, "512x8142": 0.3},
+    ("two_labels", peers.PUBLISHED): {"256x1000": 0.35, "512x8142": 0.35},
+}
 SMALL_BATCH = "128x100"
 SMALL_LIMITS = {("ce", peers.EAGER): 1.4, ("la_weight", peers.EAGER): 1.2, ("ldam", peers.PUBLISHED): 0.5}
 COPY_BATCH = "512x8142"
@@ -100,6 +106,9 @@ def _speed(record: Record) -> Iterator[Line]:
             if scenario == SMALL_BATCH:
                 limit = SMALL_LIMITS.get((loss, base))
             yield Line(f"{variant}: time of {base}", scenario, threads, ratio[base], limit)
+    for (loss, base), limits in ROW_LIMITS.items():
+        if loss == variant and base in ratio and scenario in limits and threads == 1:
+            yield Line(f"{variant}: time of {base}", scenario, threads, ratio[base], limits[scenario])
     if scenario == SMALL_BATCH:
         yield Line(f"{variant}: time of {peers.EMPTY} (floor)", scenario, threads, ratio[peers.EMPTY], None)
     if scenario == COPY_BATCH:

@@ -6,6 +6,7 @@ denominators. ``sample_indices`` draws class-balanced samples: a pure function o
 """
 
 from ltkernels.functional.cross_entropy import cross_entropy
+from ltkernels.functional.lade import lade_cross_entropy
 from ltkernels.functional.row_cross_entropy import (
     equalization_cross_entropy,
     pairwise_cross_entropy,
@@ -16,6 +17,7 @@ from ltkernels.functional.sampling import sample_indices
 __all__ = [
     "cross_entropy",
     "equalization_cross_entropy",
+    "lade_cross_entropy",
     "pairwise_cross_entropy",
     "sample_indices",
     "seesaw_cross_entropy",

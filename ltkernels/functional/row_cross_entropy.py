@@ -180,7 +180,7 @@ def seesaw_cross_entropy(
         >>> import torch, ltkernels as ltk
         >>> logits = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3]])
         >>> ltk.functional.seesaw_cross_entropy(logits, torch.tensor([0, 2]), torch.tensor([90, 9, 1]))
-        tensor(0.5835)
+        tensor(0.5190)
 
     Source:
         Wang et al., "Seesaw Loss for Long-Tailed Instance Segmentation", CVPR 2021, equations 3 to 6.
@@ -191,7 +191,7 @@ def seesaw_cross_entropy(
         empty,
         ignore_index,
         scale,
-        pair=PairTerm.SEESAW,
+        pair_term=PairTerm.SEESAW,
         pair_p=arg.number("p", p, 0.0, math.inf),
         pair_q=arg.number("q", q, 0.0, math.inf),
         pair_eps=arg.number("eps", eps, 0.0, 1.0, open_low=True),
@@ -268,7 +268,7 @@ def pairwise_cross_entropy(
     Source:
         Li et al., "MetaSAug", CVPR 2021, equation 5, is of this form (from memory of the paper).
     """
-    options, finish = pair_options(reduction, denominator, empty, ignore_index, scale, pair=PairTerm.TABLE)
+    options, finish = pair_options(reduction, denominator, empty, ignore_index, scale, pair_term=PairTerm.TABLE)
 
     def table(logits: Tensor) -> Tensor:
         classes = logits.shape[1]
@@ -340,7 +340,7 @@ def equalization_cross_entropy(
     """
     drop_rate = arg.number("drop_rate", drop_rate, 0.0, 1.0)
     options, finish = pair_options(
-        reduction, denominator, empty, ignore_index, scale, pair=PairTerm.DROP, pair_p=drop_rate,
+        reduction, denominator, empty, ignore_index, scale, pair_term=PairTerm.DROP, pair_p=drop_rate,
         seed=arg.integer("seed", seed),
     )  # fmt: skip
 

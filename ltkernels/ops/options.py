@@ -62,9 +62,20 @@ class RowCrossEntropyOptions(NamedTuple):
     influence_eps: float = 1e-3
     z_loss: float = 0.0
     empty_zero: bool = False
-    pair: int = PairTerm.NONE
+    pair_term: int = PairTerm.NONE
     pair_p: float = 0.0
     """Seesaw's p; the probability of a drop."""
     pair_q: float = 0.0
     pair_eps: float = 0.0
     seed: int = 0
+
+
+class LadeOptions(NamedTuple):
+    """Scalars of :func:`ltkernels.functional.lade_cross_entropy`, in the order of the op's schema."""
+
+    ignore_index: int = -100
+    reduction: int = Reduction.MEAN_COUNT
+    """Always the mean: the regulariser is of the whole batch."""
+    remine_lambda: float = 0.1
+    weight: float = 0.1
+    with_ce: bool = True

@@ -30,7 +30,7 @@ def new_state(tensors: Tensors, options: RowCrossEntropyOptions) -> Tensor:
     assert input is not None
     rows = input.numel() // input.shape[1]
     labels = 1 if tensors[SECOND_TARGET] is None else 2
-    a_row = 4 * labels + (options.pair == PairTerm.SEESAW) + labels * (tensors[ROW_GATE] is not None)
+    a_row = 4 * labels + (options.pair_term == PairTerm.SEESAW) + labels * (tensors[ROW_GATE] is not None)
     return input.new_empty(a_row * rows + 2, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
 
 

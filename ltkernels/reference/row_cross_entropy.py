@@ -83,7 +83,7 @@ def row_cross_entropy(
         sample_weight: row weights ``r`` of the labels' shape.
         row_gate: gates ``g`` of the labels' shape.
         feature_norm: L1 norms ``h`` of the rows' features, of the labels' shape.
-        pair: what ``options.pair_term`` says: a table ``(C, C)``, ``log n`` ``(C,)``, or ``(C,)`` 1 where a class is rare.
+        pair: by ``options.pair_term`` a table ``(C, C)``, ``log n`` ``(C,)``, or ``(C,)`` 1 where a class is rare.
         pair_step: 0-d int64: which of the random drops.
         options: the scalars.
 
