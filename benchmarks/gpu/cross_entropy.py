@@ -52,6 +52,7 @@ class Inputs:
 
 class CrossEntropy:
     name = "cross_entropy"
+    variants = VARIANTS
 
     def cases(self, quick: bool, dry: bool) -> Sequence[Case]:
         if dry:
@@ -76,7 +77,7 @@ class CrossEntropy:
         return Case(self.name, variant, shape, dtype, compile, brief=dtype == "float32" or variant in SECOND)
 
     def prepare(self, case: Case, device: str) -> Work:
-        variant, dtype, shape = VARIANTS[case.variant], runner.DTYPES[case.dtype], case.shape
+        variant, dtype, shape = self.variants[case.variant], runner.DTYPES[case.dtype], case.shape
         problem = make_problem(shape, dtype, cosine=variant.cosine, device=device)
         one, upstream = (torch.tensor(value, dtype=torch.float32, device=device) for value in (1.0, UPSTREAM))
         inputs = Inputs(problem.logits.detach().requires_grad_(), problem.target, one, upstream)

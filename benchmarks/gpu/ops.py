@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.gpu.cross_entropy import CrossEntropy
+from benchmarks.gpu.row_losses import LADE, ROW_CROSS_ENTROPY
 from benchmarks.gpu.sampling import Sampling
 from benchmarks.gpu.table import Op
 
-OPS: dict[str, Op] = {op.name: op for op in (CrossEntropy(), Sampling())}
+OPS: dict[str, Op] = {op.name: op for op in (CrossEntropy(), ROW_CROSS_ENTROPY, LADE, Sampling())}

@@ -288,6 +288,8 @@ T finish(const Call<T>& call, const Adjusted<T, form> u, const Labels& labels, i
   const T loss = finish_label_row(l.max, rest, std::exp(l.own - l.max), l.max - l.own, smooth_distance,
                                   call.weight == nullptr ? T(1) : call.weight[y], smooth_weight, row_weight, options,
                                   state, call.feature_norm == nullptr ? nullptr : &influence);
+  // What has no weight moves nothing, even where its loss is infinite.
+  if (row_weight == T(0) && l.max == l.max) state->probability = state->factor = state->at_label = T(0);
   state->max = others.max;  // the labels' own maxima follow from it
   state->factor *= options.smoothing_per_class;
   return loss;

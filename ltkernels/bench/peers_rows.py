@@ -56,20 +56,35 @@ def seesaw_ours(problem: Problem) -> LossFn:
     return module
 
 
+def _seesaw(z: Tensor, y: Tensor, log_n: Tensor) -> Tensor:
+    """In the log domain, row by row: no C x C matrix."""
+    log_p = torch.log_softmax(z.detach(), dim=1)
+    label = y.unsqueeze(1)
+    least = log_p.gather(1, label).clamp(min=math.log(EPS))
+    term = P * (log_n - log_n[label]).clamp(max=0) + Q * (log_p - least).clamp(min=0)
+    return F.cross_entropy(z + term.scatter(1, label, 0.0), y)
+
+
 def seesaw(problem: Problem, dtype: torch.dtype) -> LossFn:
-    """In the log domain, row by row; the counts are those of the labels seen so far, this batch included."""
+    """The counts are those of the labels seen so far, this batch included."""
     counts = torch.zeros_like(problem.class_counts)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         counts.scatter_add_(0, y, torch.ones_like(y))
-        z, log_n = widen(x), counts.clamp(min=1).to(dtype).log()
-        log_p = torch.log_softmax(z.detach(), dim=1)
-        label = y.unsqueeze(1)
-        least = log_p.gather(1, label).clamp(min=math.log(EPS))
-        term = P * (log_n - log_n[label]).clamp(max=0) + Q * (log_p - least).clamp(min=0)
-        return F.cross_entropy(z + term.scatter(1, label, 0.0), y)
+        return _seesaw(widen(x), y, counts.clamp(min=1).to(dtype).log())
 
     return loss
+
+
+def seesaw_fixed(problem: Problem, dtype: torch.dtype) -> LossFn:
+    """The counts are those of the data set, so that every call has the same values."""
+    log_n = problem.class_counts.to(dtype).log()
+    return lambda x, y: _seesaw(widen(x), y, log_n)
+
+
+def seesaw_fixed_ours(problem: Problem) -> LossFn:
+    counts = problem.class_counts
+    return lambda x, y: functional.seesaw_cross_entropy(x, y, counts)
 
 
 def seesaw_published(problem: Problem, dtype: torch.dtype) -> LossFn:
@@ -201,3 +216,4 @@ ROW_VARIANTS: tuple[Variant, ...] = (
         "influence", "influence-balanced", influence_ours, influence, influence_published, op="row_cross_entropy"
     ),
 )  # fmt: skip
+SEESAW_FIXED = Variant("seesaw_fixed", "seesaw, fixed counts", seesaw_fixed_ours, seesaw_fixed, op="row_cross_entropy")

@@ -206,7 +206,8 @@ def _of_label(
     if options.focal_gamma > 0:
         factor = _focal_factor(ce if options.focal_weighted else nll, options.focal_gamma)
     if tables.feature_norm is not None:
-        rest = -torch.expm1(-nll)  # |p - onehot|_1 = 2 (1 - p_y)
+        impossible = torch.isposinf(nll)  # a masked label: p_y is 0 and stays it
+        rest = torch.where(impossible, 1.0, -torch.expm1(-torch.where(impossible, 1.0, nll)))  # 1 - p_y
         influence = options.influence_alpha / (2.0 * tables.feature_norm * rest + options.influence_eps)
         factor = influence if factor is None else factor * influence
     if factor is not None:
