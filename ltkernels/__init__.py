@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import backends, bench, functional, losses, rebalance, samplers
     from .backends import available_backends, explain, use_backend
+    from .calibration import DisAlignCalibration, LearnableWeightScaling
     from .heads import CosineLinear
     from .ops.gpu import check
 
@@ -24,6 +25,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CosineLinear",
+    "DisAlignCalibration",
+    "LearnableWeightScaling",
     "available_backends",
     "backends",
     "bench",
@@ -39,6 +42,8 @@ __all__ = [
 _MODULES = ("backends", "bench", "functional", "losses", "rebalance", "samplers")
 _OWNERS = {
     "CosineLinear": "heads",
+    "DisAlignCalibration": "calibration",
+    "LearnableWeightScaling": "calibration",
     "available_backends": "backends",
     "check": "ops.gpu",
     "explain": "backends",

@@ -51,26 +51,26 @@ def label_shape(logits: Tensor) -> tuple[int, ...]:
     return shape[:1] + shape[2:] if len(shape) > 1 else ()
 
 
-def check_target(logits: Tensor, target: Tensor) -> None:
+def check_target(logits: Tensor, target: Tensor, name: str = "target") -> None:
     """Labels of the logits' shape without the class dimension, or probabilities of the logits' shape."""
-    dtype = tensor("target", target).dtype
+    dtype = tensor(name, target).dtype
     if target.device != logits.device:
-        raise ValueError(f"target: expected device {logits.device} as input's, found {target.device}")
+        raise ValueError(f"{name}: expected device {logits.device} as input's, found {target.device}")
     if dtype in INTEGER_TYPES:
         expected = label_shape(logits)
         if target.shape != expected:
             raise ValueError(
-                f"target: expected labels of shape {expected} for input of shape {tuple(logits.shape)},"
+                f"{name}: expected labels of shape {expected} for input of shape {tuple(logits.shape)},"
                 f" found {tuple(target.shape)}"
             )
     elif dtype in LOGITS_TYPES:
         if target.shape != logits.shape:
             raise ValueError(
-                f"target: expected probabilities of input's shape {tuple(logits.shape)}, found {tuple(target.shape)}"
+                f"{name}: expected probabilities of input's shape {tuple(logits.shape)}, found {tuple(target.shape)}"
                 f" of {dtype} (labels need an integer type)"
             )
     else:
-        raise TypeError(f"target: expected labels of an integer type or floating probabilities, found {dtype}")
+        raise TypeError(f"{name}: expected labels of an integer type or floating probabilities, found {dtype}")
 
 
 def _compute_type(logits: Tensor) -> torch.dtype:

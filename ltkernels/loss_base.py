@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ltkernels import arguments as arg
 from ltkernels import functional, rebalance
+from ltkernels.functional.row_cross_entropy import Target
 from ltkernels.rebalance import ClassCounts, ClassTableModule, DeferredReweighting
 
 
@@ -19,7 +20,8 @@ class Options(TypedDict, total=False):
 
     ignore_index: int
     reduction: str
-    label_smoothing: float
+    label_smoothing: float | Tensor
+    smoothing_mode: str
     denominator: str | float | Tensor
     z_loss: float
     empty: str
@@ -32,7 +34,11 @@ class WeightedOptions(Options, total=False):
     weight: Tensor | DeferredReweighting | None
 
 
-_TABLES = ("weight", "class_scale", "class_bias", "class_margin")
+_TABLES = ("weight", "class_scale", "class_bias", "class_margin", "label_smoothing")
+
+
+def _described(name: str, value: object) -> str:
+    return f"{name}={tuple(value.shape) if isinstance(value, Tensor) and value.ndim else repr(value)}"
 
 
 class Setting:
@@ -82,6 +88,7 @@ class AdjustedCrossEntropy(ClassTableModule):
         "ignore_index": -100,
         "reduction": "mean",
         "label_smoothing": 0.0,
+        "smoothing_mode": "all",
         "denominator": "weight",
         "z_loss": 0.0,
         "empty": "nan",
@@ -92,6 +99,7 @@ class AdjustedCrossEntropy(ClassTableModule):
     class_scale: Tensor | None
     class_bias: Tensor | None
     class_margin: Tensor | float | None
+    label_smoothing: Tensor | float
 
     def __init__(
         self,
@@ -100,11 +108,13 @@ class AdjustedCrossEntropy(ClassTableModule):
         weight: Tensor | DeferredReweighting | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
-        label_smoothing: float = 0.0,
+        label_smoothing: float | Tensor = 0.0,
+        smoothing_mode: str = "all",
         scale: float = 1.0,
         class_scale: Tensor | None = None,
         class_bias: Tensor | None = None,
         class_margin: Tensor | float | None = None,
+        margin_type: str = "additive",
         focal_gamma: float = 0.0,
         focal_pt: str = "raw",
         focal_grad: str = "full",
@@ -119,9 +129,11 @@ class AdjustedCrossEntropy(ClassTableModule):
         self.class_scale = class_scale
         self.class_bias = class_bias
         self.class_margin = class_margin
+        self.margin_type = margin_type
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
+        self.smoothing_mode = smoothing_mode
         self.scale = scale
         self.focal_gamma = focal_gamma
         self.focal_pt = focal_pt
@@ -143,13 +155,14 @@ class AdjustedCrossEntropy(ClassTableModule):
                 return
         super().__setattr__(name, value)
 
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Target, sample_weight: Tensor | None = None) -> Tensor:
         """The loss.
 
         Args:
             input: logits, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``; float64, float32, bfloat16 or float16.
             target: labels of any integer type, ``()``, ``(N,)`` or ``(N, d1, ...)``; or probabilities of ``input``'s
-                shape.
+                shape; or ``(labels, other labels, lam)``, whose loss is ``lam`` of the one and ``1 - lam`` of the other
+                (mixup, CutMix).
             sample_weight: a factor on the loss of each row, of the labels' shape.
 
         Returns:
@@ -169,15 +182,15 @@ class AdjustedCrossEntropy(ClassTableModule):
             self.weight.set_epoch(epoch)
 
     def extra_repr(self) -> str:
-        parts = [f"{name}={getattr(self, name)!r}" for name in self._shown]
+        parts = [_described(name, getattr(self, name)) for name in self._shown]
         if self.class_counts is not None:
             parts.append(rebalance.describe_counts(self.class_counts))
         for name, default in self._defaults.items():
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.ndim:
-                parts.append(f"{name}={tuple(value.shape)}")
+                parts.append(_described(name, value))
             elif not isinstance(value, nn.Module) and value is not default and value != default:
-                parts.append(f"{name}={value!r}")
+                parts.append(_described(name, value))
         return ", ".join(parts)
 
     def _arguments(self) -> dict[str, Any]:
@@ -190,9 +203,11 @@ class AdjustedCrossEntropy(ClassTableModule):
             "class_scale": buffers["class_scale"] if "class_scale" in buffers else self.class_scale,
             "class_bias": buffers["class_bias"] if "class_bias" in buffers else self.class_bias,
             "class_margin": buffers["class_margin"] if "class_margin" in buffers else self.class_margin,
+            "margin_type": self.margin_type,
             "ignore_index": self.ignore_index,
             "reduction": reduction,
             "label_smoothing": self.label_smoothing,
+            "smoothing_mode": self.smoothing_mode,
             "scale": self.scale,
             "focal_gamma": self.focal_gamma,
             "focal_pt": self.focal_pt,
@@ -217,13 +232,17 @@ class AdjustedCrossEntropy(ClassTableModule):
     def _find_absent_classes(self) -> None:
         self._has_absent_classes = self.class_counts is not None and bool((self.class_counts == 0).any())
 
-    def _refuse_absent_classes(self, target: Tensor) -> None:
+    def _refuse_absent_classes(self, target: Target) -> None:
         """Refuses labels that, without a bias of -inf, the functional takes.
 
         Not on a GPU, which would have to stop, nor in a compiled graph or under torch.func, where values can not be
         looked at.
         """
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return
+        if isinstance(target, tuple):
+            for labels in target[:2]:
+                self._refuse_absent_classes(labels)
             return
         if self.class_counts is None or target.is_floating_point() or target.device.type != "cpu":
             return

@@ -23,6 +23,17 @@ A class with count 0 has weight 0, margin 0 and scale 1, and, where the loss has
 of the softmax. LDAM and the class-balanced loss have no bias: there it stays in the softmax as a class that no label
 names, as published. As a label it is an error on the CPU, in every loss.
 
+Losses whose adjustments depend on more than the label's class:
+
+* `ArcFaceLoss`, `LabelAwareSmoothingLoss`, `InfluenceBalancedLoss` (in `losses_rows`): margins on the angle, smoothing
+  by class, a factor by the influence of the row;
+* `SeesawLoss`, `SoftmaxEqualizationLoss` (in `losses_pairs`): a term for each pair of label and class, and a state
+  that training moves on;
+* `LADELoss` (in `losses_lade`), whose sums run down the columns too;
+* `DistillationLoss` (in `losses_distillation`), towards a teacher;
+* sigmoid losses, each class for itself (in `losses_sigmoid`): `ClassBalancedSigmoidLoss`, `SigmoidFocalLoss`,
+  `AsymmetricLoss`, `EqualizationLoss`, `EqualizationLossV2`, `DropLoss`, `ACSLLoss`, `FederatedLoss`.
+
 ``gamma`` of a focal factor, ``margin`` of `CosFaceLoss` and ``s`` of `LDAMLoss` may be assigned between steps, as
 schedules do. Settings that went into a table (``tau``, ``max_m``, ``beta``, the ``gamma`` of `VSLoss`) are read-only.
 """
@@ -40,16 +51,45 @@ from typing_extensions import Unpack
 from ltkernels import arguments as arg
 from ltkernels import rebalance
 from ltkernels.loss_base import AdjustedCrossEntropy, Options, Setting, WeightedOptions
+from ltkernels.losses_distillation import DistillationLoss
+from ltkernels.losses_lade import LADELoss
+from ltkernels.losses_pairs import SeesawLoss, SoftmaxEqualizationLoss
+from ltkernels.losses_rows import ArcFaceLoss, InfluenceBalancedLoss, LabelAwareSmoothingLoss
+from ltkernels.losses_sigmoid import (
+    ACSLLoss,
+    AsymmetricLoss,
+    ClassBalancedSigmoidLoss,
+    DropLoss,
+    EqualizationLoss,
+    EqualizationLossV2,
+    FederatedLoss,
+    SigmoidFocalLoss,
+)
 from ltkernels.rebalance import ClassCounts, DeferredReweighting
 
 __all__ = [
+    "ACSLLoss",
+    "ArcFaceLoss",
+    "AsymmetricLoss",
     "BalancedSoftmaxLoss",
     "ClassBalancedLoss",
+    "ClassBalancedSigmoidLoss",
     "CosFaceLoss",
     "CrossEntropyLoss",
+    "DistillationLoss",
+    "DropLoss",
+    "EqualizationLoss",
+    "EqualizationLossV2",
+    "FederatedLoss",
     "FocalLoss",
+    "InfluenceBalancedLoss",
+    "LADELoss",
     "LDAMLoss",
+    "LabelAwareSmoothingLoss",
     "LogitAdjustedLoss",
+    "SeesawLoss",
+    "SigmoidFocalLoss",
+    "SoftmaxEqualizationLoss",
     "VSLoss",
 ]
 
@@ -66,11 +106,13 @@ class CrossEntropyLoss(AdjustedCrossEntropy):
             starts them at an epoch.
         ignore_index: label of rows that take no part.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        label_smoothing: in ``[0, 1]``, with torch's meaning together with ``weight``.
+        label_smoothing: in ``[0, 1]``, with torch's meaning together with ``weight``; or ``(C,)``, by the row's label.
+        smoothing_mode: ``"all"``: to all classes (torch); ``"off_target"``: to all but the label.
         scale: factor on the adjusted logits, above 0.
         class_scale: factor on each class's logits, ``(C,)``. An ``nn.Parameter`` is learnt.
         class_bias: added to each class's logits, ``(C,)``; -inf takes a class out. An ``nn.Parameter`` is learnt.
         class_margin: taken from the logit of a row's label: ``(C,)``, or one number for all classes.
+        margin_type: ``"additive"``, or ``"arc"`` and ``"arc_straight_through"``, see :class:`ArcFaceLoss`.
         focal_gamma: exponent of the focal factor; 0 is none.
         focal_pt: ``"raw"`` or ``"weighted"``, see :class:`FocalLoss`.
         focal_grad: ``"full"`` or ``"detached"``, see :class:`FocalLoss`.
@@ -98,6 +140,7 @@ class CrossEntropyLoss(AdjustedCrossEntropy):
         "class_scale": None,
         "class_bias": None,
         "class_margin": None,
+        "margin_type": "additive",
         "focal_gamma": 0.0,
         "focal_pt": "raw",
         "focal_grad": "full",
@@ -108,12 +151,14 @@ class CrossEntropyLoss(AdjustedCrossEntropy):
         weight: Tensor | DeferredReweighting | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
-        label_smoothing: float = 0.0,
+        label_smoothing: float | Tensor = 0.0,
         *,
+        smoothing_mode: str = "all",
         scale: float = 1.0,
         class_scale: Tensor | None = None,
         class_bias: Tensor | None = None,
         class_margin: Tensor | float | None = None,
+        margin_type: str = "additive",
         focal_gamma: float = 0.0,
         focal_pt: str = "raw",
         focal_grad: str = "full",
@@ -127,10 +172,12 @@ class CrossEntropyLoss(AdjustedCrossEntropy):
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
+            smoothing_mode=smoothing_mode,
             scale=scale,
             class_scale=class_scale,
             class_bias=class_bias,
             class_margin=class_margin,
+            margin_type=margin_type,
             focal_gamma=focal_gamma,
             focal_pt=focal_pt,
             focal_grad=focal_grad,
@@ -152,8 +199,8 @@ class LogitAdjustedLoss(AdjustedCrossEntropy):
         class_counts: training samples of each class, ``(C,)``. A class with count 0 gets no gradient, so its logit at
             evaluation means nothing.
         tau: strength, at least 0.
-        **options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``denominator``, ``z_loss``,
-            ``empty``, ``inplace`` of :class:`CrossEntropyLoss`.
+        **options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``smoothing_mode``,
+            ``denominator``, ``z_loss``, ``empty``, ``inplace`` of :class:`CrossEntropyLoss`.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -14,16 +14,16 @@ from ltkernels.reference.lade import offsets
 class LADELoss(ClassTableModule):
     """Prior cross-entropy and ``weight`` times LADE's regulariser, which disentangles the logits from the prior.
 
-    At evaluation add the log prior of the test data to the logits: ``rebalance.adjust_logits`` with ``target_prior``; for
-    a balanced test set the logits are what they should be.
+    At evaluation add the log prior of the test data to the logits (``rebalance.adjust_logits`` with ``target_prior``);
+    for a balanced test set the logits are what they should be.
 
     Args:
         class_counts: training samples of each class, ``(C,)``.
         remine_lambda: strength of the bound's own regulariser, >= 0. Published: 0.1; 0.5 on iNaturalist 2018.
         weight: of the regulariser beside the cross-entropy, >= 0. Published: 0.1; 0.05 on iNaturalist 2018.
-        prior_axis: whose prior the importance weight ``uniform / pi`` is: ``"class"``, the column's, as in the published
-            code, or ``"sample"``, the one of the row's label, as in the paper's equation (from memory of it). As coded it
-            is a constant of each column and reaches the gradient through ``1 + 2 remine_lambda S`` alone.
+        prior_axis: whose prior the importance weight ``uniform / pi`` is: ``"class"``, the column's, as in the
+            published code, or ``"sample"``, the one of the row's label, as in the paper's equation (from memory of it).
+            As coded it is a constant of each column and reaches the gradient through ``1 + 2 remine_lambda S`` alone.
         regularizer_only: leave out the cross-entropy.
         ignore_index: label of rows that take no part.
 

@@ -12,71 +12,35 @@ A class without training samples (count 0) has one meaning in the whole package:
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from ltkernels import arguments as arg
+from ltkernels.class_counts import ClassCounts as ClassCounts
+from ltkernels.class_counts import _as_array as _as_array
+from ltkernels.class_counts import as_class_counts as as_class_counts
+from ltkernels.class_counts import count_classes, finite_table, log_prior
+from ltkernels.class_counts import counts_buffer as counts_buffer
+from ltkernels.class_counts import describe_counts as describe_counts
+from ltkernels.post_hoc import adjust_logits, norcal, tau_normalize
 
 __all__ = [
     "DeferredReweighting",
     "adjust_logits",
+    "arcface_margin",
     "count_classes",
     "effective_number_weight",
     "inverse_frequency_weight",
+    "label_aware_smoothing",
     "ldam_margin",
     "logit_adjustment",
+    "norcal",
+    "tau_normalize",
     "vs_scale",
 ]
-
-ClassCounts = Sequence[float] | npt.NDArray[Any] | Tensor
-Labels = Sequence[int] | npt.NDArray[Any] | Tensor
-
-# How many classes labels alone may make: 128 MiB of counts. Beyond, a stray label is likelier than so many classes.
-_MOST_CLASSES = 2**24
-
-
-def as_class_counts(class_counts: ClassCounts) -> Tensor:
-    """Checks class counts and returns them as a new float64 CPU tensor of shape ``(C,)``.
-
-    Raises:
-        TypeError: not numbers (strings, booleans, a dict or a Counter).
-        ValueError: not one-dimensional, empty, negative, not finite, or all zero.
-    """
-    if isinstance(class_counts, Tensor):
-        if class_counts.dtype == torch.bool or class_counts.is_complex():
-            raise TypeError(f"class_counts: expected integers or floats, found {class_counts.dtype}")
-        counts = class_counts.detach().to("cpu", torch.float64, copy=True)
-    else:
-        counts = torch.from_numpy(_as_array("class_counts", class_counts, kinds="iuf").astype(np.float64))
-    if counts.ndim != 1 or counts.numel() == 0:
-        raise ValueError(f"class_counts: expected one count per class, shape (C,), found shape {tuple(counts.shape)}")
-    for wrong, expected in ((~counts.isfinite(), "all counts finite"), (counts < 0, "all counts >= 0")):
-        if wrong.any():
-            index = int(wrong.nonzero()[0])
-            raise ValueError(f"class_counts: expected {expected}, found {counts[index]:g} at class {index}")
-    if not counts.any():
-        raise ValueError(f"class_counts: expected at least one count > 0, found {counts.numel()} zeros")
-    return counts
-
-
-def _as_array(name: str, values: object, kinds: str) -> npt.NDArray[Any]:
-    """``values`` as an array whose ``dtype.kind`` is one of ``kinds``; an empty list, which has no type, passes."""
-    expected = "integers or floats" if "f" in kinds else "integers"
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name}: expected {expected}, one per entry, found a ragged sequence") from error
-    if array.size == 0 and isinstance(values, (list, tuple)):
-        return array.astype(np.int64)
-    if array.dtype.kind not in kinds:
-        raise TypeError(f"{name}: expected {expected}, found {type(values).__name__} of {array.dtype}")
-    return array
 
 
 def _beta(beta: float) -> float:
@@ -84,70 +48,6 @@ def _beta(beta: float) -> float:
     if beta == 1:
         raise ValueError("beta: expected a number below 1 (1 is the limit of inverse frequency), found 1")
     return beta
-
-
-def count_classes(labels: Labels, num_classes: int | None = None) -> Tensor:
-    """Counts the samples of each class.
-
-    Args:
-        labels: class index of every sample, any shape, any integer type (8 to 64 bits, signed or not): a list, a
-            NumPy array or a tensor on any device. Labels to ignore (-100, 255) must be dropped first: ``labels[labels
-            != -100]``.
-        num_classes: number of classes C; default: the largest label + 1, which may be 2^24 at most.
-
-    Returns:
-        int64 CPU tensor of shape ``(C,)``.
-
-    Raises:
-        TypeError: labels are not integers (floats, booleans, strings), or ``num_classes`` is not one.
-        ValueError: a label below 0 or at least ``num_classes``; no label and no ``num_classes``; a label from 2^24
-            on without ``num_classes``.
-
-    Warns:
-        UserWarning: a class has no sample; names how many and the first five.
-
-    Example:
-        >>> import torch, ltkernels as ltk
-        >>> ltk.rebalance.count_classes([0, 2, 1, 0, 0, 2])
-        tensor([3, 1, 2])
-    """
-    if not isinstance(labels, Tensor):
-        labels = torch.from_numpy(np.ascontiguousarray(_native(_as_array("labels", labels, kinds="iu"))))
-    elif labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"labels: expected integers, found {labels.dtype}")
-    if num_classes is not None:
-        num_classes = arg.integer("num_classes", num_classes)
-        if num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, found {num_classes}")
-    if labels.numel() == 0 and num_classes is None:
-        raise ValueError("labels: expected at least one label, or num_classes, found 0 labels and num_classes=None")
-
-    flat = labels.detach().reshape(-1)
-    # A uint64 label from 2^63 on turns negative here, and is reported below with its own value.
-    index = flat.to(torch.int64)
-    wrong = (index < 0) | (index >= (_MOST_CLASSES if num_classes is None else num_classes))
-    if wrong.any():
-        position = int(wrong.nonzero()[0])
-        found = flat[position].item()
-        if num_classes is not None:
-            expected = f"all labels in [0, {num_classes})"
-        elif found < 0:
-            expected = "all labels >= 0"
-        else:
-            expected = f"all labels below {_MOST_CLASSES} (for more classes give num_classes)"
-        raise ValueError(f"labels: expected {expected}, found {found} at position {position}")
-    counts = torch.bincount(index, minlength=num_classes or 0).cpu()
-
-    absent = (counts == 0).nonzero().flatten()
-    if len(absent):
-        names = ", ".join(map(str, absent[:5].tolist())) + (", ..." if len(absent) > 5 else "")
-        warnings.warn(f"count_classes: {len(absent)} of {len(counts)} classes have no sample: {names}", stacklevel=2)
-    return counts
-
-
-def _native(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """``array`` in this machine's byte order, which is all that torch reads."""
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def inverse_frequency_weight(
@@ -185,25 +85,12 @@ def inverse_frequency_weight(
     power = arg.number("power", power, 0.0, math.inf)
     seen = counts > 0
     if normalize is None:
-        return _finite(torch.where(seen, counts.pow(-power), 0.0), seen, dtype, "power", power)
+        return finite_table(torch.where(seen, counts.pow(-power), 0.0), seen, dtype, "power", power)
     arg.choice("normalize", normalize, ("mean", "balanced"), " or None")
     # Relative to the rarest class a large power can only underflow, to the limit, and never makes 0 / 0.
     weight = torch.where(seen, (counts[seen].min() / counts).pow(power), 0.0)
     over = seen.double() if normalize == "mean" else counts  # the mean is over classes, or over samples
     return (weight * (over.sum() / (over * weight).sum())).to(dtype)
-
-
-def _finite(values: Tensor, seen: Tensor, dtype: torch.dtype, name: str, setting: float) -> Tensor:
-    """``values`` as ``dtype``, where a class with samples may not become infinite: a bias of -inf says it has none."""
-    result = values.to(dtype)
-    wrong = ~result.isfinite() & seen
-    if wrong.any():
-        index = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{name}: expected a number that keeps every class with samples finite in {dtype}, found {setting:g},"
-            f" which gives {result[index]:g} at class {index}"
-        )
-    return result
 
 
 def effective_number_weight(
@@ -278,10 +165,7 @@ def logit_adjustment(class_counts: ClassCounts, tau: float = 1.0, *, dtype: torc
         ``log(pi ** tau + 1e-12)``, and LADE, SADE and PaCo ``log(pi + 1e-9)``: the small number keeps a class with
         count 0 in the softmax, and hardly changes another.
     """
-    counts = as_class_counts(class_counts)
-    tau = arg.number("tau", tau, 0.0, math.inf)
-    seen = counts > 0
-    return _finite(torch.where(seen, tau * (counts / counts.sum()).log(), -math.inf), seen, dtype, "tau", tau)
+    return log_prior(class_counts, tau, dtype)
 
 
 def ldam_margin(class_counts: ClassCounts, max_m: float = 0.5, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -344,50 +228,106 @@ def vs_scale(class_counts: ClassCounts, gamma: float = 0.3, *, dtype: torch.dtyp
     return torch.where(counts > 0, (counts / counts.max()).pow(gamma), 1.0).to(dtype)
 
 
-def adjust_logits(logits: Tensor, class_counts: ClassCounts, tau: float = 1.0) -> Tensor:
-    """Post-hoc logit adjustment: ``logits - tau * log(n_c / N)``, for a model trained with plain cross entropy.
-
-    Use it at evaluation. A model trained with :class:`ltkernels.losses.LogitAdjustedLoss` (or Balanced Softmax, or
-    VS) has the adjustment in its weights already: adjusting its logits again would do it twice.
-
-    A class with count 0 gets -inf, whatever ``tau``: it is never predicted. The formula alone would give it +inf, and
-    make every prediction a class that the model never saw; nothing was learnt that could rank it, and it is out of
-    the softmax in training with adjustment too.
+def arcface_margin(
+    class_counts: ClassCounts,
+    m_min: float = 0.05,
+    m_max: float = 0.5,
+    power: float = 0.25,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Angular margins of classes: ``n_c ** -power``, brought linearly to ``[m_min, m_max]``.
 
     Args:
-        logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ...)``, floating, as for cross entropy.
         class_counts: training samples of each class, ``(C,)``; only the ratios matter.
-        tau: strength, at least 0; the best value on a validation set is often above 1.
+        m_min: margin of the most frequent class, in radians, in ``[0, pi]``.
+        m_max: margin of the rarest class, in radians, in ``[m_min, pi]``; of all where the counts are equal.
+        power: how fast margins fall with the count, at least 0.
+        dtype: type of the result.
 
     Returns:
-        New logits of the same shape: float64 for float64 logits, otherwise float32 (half precision would tie classes
-        that the adjustment tells apart).
+        Margins of shape ``(C,)`` for :class:`ltkernels.losses.ArcFaceLoss`; 0 for a class with count 0.
 
     Raises:
-        TypeError: logits are not a floating tensor.
-        ValueError: bad counts, negative ``tau``, or another number of classes.
+        TypeError: an argument has the wrong type.
+        ValueError: bad counts, a margin outside its range, negative ``power``.
 
     Example:
         >>> import torch, ltkernels as ltk
-        >>> logits = torch.tensor([[2.0, 1.0]])
-        >>> ltk.rebalance.adjust_logits(logits, [90, 10]).argmax(1)
-        tensor([1])
+        >>> ltk.rebalance.arcface_margin([10000, 16, 1])
+        tensor([0.0500, 0.2500, 0.5000])
 
     Source:
-        Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, section 4.
+        The adaptive margins of mmpretrain's ArcFace head, after Ha et al., "Google Landmark Recognition 2020
+        Competition Third Place Solution", 2020.
     """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"logits: expected a floating tensor, found {getattr(logits, 'dtype', type(logits).__name__)}")
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    bias = logit_adjustment(class_counts, tau, dtype=dtype)
-    class_dim = min(logits.ndim - 1, 1)
-    if logits.ndim == 0 or logits.shape[class_dim] != bias.numel():
-        raise ValueError(
-            f"logits: expected shape (C,), (N, C) or (N, C, d1, ...) with C = {bias.numel()} (the length of"
-            f" class_counts), found {tuple(logits.shape)}"
-        )
-    subtrahend = torch.where(bias.isinf(), math.inf, bias).to(logits.device)
-    return logits - subtrahend.view(-1, *[1] * (logits.ndim - 1 - class_dim))
+    counts = as_class_counts(class_counts)
+    m_min = arg.number("m_min", m_min, 0.0, math.pi)
+    m_max = arg.number("m_max", m_max, m_min, math.pi)
+    power = arg.number("power", power, 0.0, math.inf)
+    seen = counts > 0
+    size = torch.where(seen, (counts[seen].min() / counts).pow(power), 0.0)  # 1 for the rarest
+    least = size[seen].min()
+    share = (size - least) / (1 - least) if least < 1 else torch.ones_like(size)
+    return torch.where(seen, m_min + (m_max - m_min) * share, 0.0).to(dtype)
+
+
+def label_aware_smoothing(
+    class_counts: ClassCounts,
+    smooth_head: float = 0.3,
+    smooth_tail: float = 0.0,
+    shape: Literal["concave", "linear", "convex", "exp"] = "concave",
+    power: float | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Label smoothing of each class, from ``smooth_tail`` for the rarest to ``smooth_head`` for the most frequent.
+
+    With ``t = (n_c - n_min) / (n_max - n_min)`` it is ``tail + (head - tail) f(t)``, f being ``sin(t pi / 2)``
+    (concave), ``t`` (linear), ``1 - cos(t pi / 2)`` (convex) or ``t ** power`` (exp).
+
+    Args:
+        class_counts: training samples of each class, ``(C,)``; only the ratios matter.
+        smooth_head: of the most frequent class, in ``[0, 1]``; of all where the counts are equal.
+        smooth_tail: of the rarest class, in ``[0, 1]``.
+        shape: ``"concave"``, ``"linear"``, ``"convex"`` or ``"exp"``.
+        power: for ``"exp"``, above 0; None otherwise.
+        dtype: type of the result.
+
+    Returns:
+        Smoothing of shape ``(C,)``, for ``label_smoothing=``; 0 for a class with count 0.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: bad counts, a smoothing outside ``[0, 1]``, an unknown shape, ``power`` without ``"exp"`` or
+            ``"exp"`` without it.
+
+    Example:
+        >>> import torch, ltkernels as ltk
+        >>> ltk.rebalance.label_aware_smoothing([101, 51, 1], shape="linear")
+        tensor([0.3000, 0.1500, 0.0000])
+
+    Source:
+        Zhong et al., "Improving Calibration for Long-Tailed Recognition" (MiSLAS), CVPR 2021, section 3.2, and its
+        published code; there the convex form is written ``head + (head - tail) sin(3 pi / 2 + t pi / 2)``, which is
+        the same. On CIFAR-100-LT, imbalance 100, it has ``smooth_head=0.4, smooth_tail=0.1``.
+    """
+    counts = as_class_counts(class_counts)
+    head = arg.number("smooth_head", smooth_head, 0.0, 1.0)
+    tail = arg.number("smooth_tail", smooth_tail, 0.0, 1.0)
+    arg.choice("shape", shape, ("concave", "linear", "convex", "exp"))
+    if (power is not None) != (shape == "exp"):
+        raise ValueError(f"power: expected a number with shape='exp' and None otherwise, found {power} with {shape!r}")
+    seen = counts > 0
+    low, high = counts[seen].min(), counts.max()
+    t = ((counts - low) / (high - low)).clamp_min(0.0) if low < high else torch.ones_like(counts)
+    if power is not None:
+        f = t.pow(arg.number("power", power, 0.0, math.inf, open_low=True))
+    elif shape == "concave":
+        f = torch.sin(t * (math.pi / 2))
+    else:
+        f = t if shape == "linear" else 2 * torch.sin(t * (math.pi / 4)).square()  # 1 - cos, where it is small
+    return torch.where(seen, tail + (head - tail) * f, 0.0).to(dtype)
 
 
 class ClassTableModule(nn.Module):
@@ -477,15 +417,3 @@ def _epoch(name: str, epoch: int) -> int:
     if epoch < 0:
         raise ValueError(f"{name}: expected an epoch >= 0, counted from 0, found {epoch}")
     return epoch
-
-
-def counts_buffer(class_counts: ClassCounts) -> Tensor:
-    """Checked class counts as a module keeps them: int64, or float32 where they are frequencies."""
-    counts = as_class_counts(class_counts)
-    return counts.long() if bool((counts == counts.round()).all()) else counts.float()
-
-
-def describe_counts(class_counts: Tensor) -> str:
-    """Number of classes and range of the counts, for a module's repr."""
-    low, high = class_counts.min().item(), class_counts.max().item()
-    return f"num_classes={class_counts.numel()}, class_counts={low:g}..{high:g}"

@@ -20,7 +20,7 @@ import ltkernels as ltk
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-MAX_M, S = 0.5, 30.0  # LDAM (Cao et al. 2019)
+MAX_M, S = 0.5, 30.0  # LDAM (Cao et al. 2019); the scale of ArcFace too
 DRW_START = 0.8  # share of the epochs before its weights start: 160 of 200
 BETA = 0.9999  # effective number (Cui et al. 2019), also LDAM-DRW's
 TAU = 1.0  # logit adjustment (Menon et al. 2021)
@@ -77,6 +77,47 @@ def _plain_vs(counts: Tensor, loss: Any) -> Loss:
     return lambda logits, labels: F.cross_entropy(logits / divisor + log_prior, labels)
 
 
+def _seesaw(counts: Tensor, settings: Settings) -> nn.Module:
+    # The counts are known, so the loss need not count labels; a run calls it more often than it trains, to time it.
+    loss = ltk.losses.SeesawLoss(len(counts)).eval()
+    loss.class_counts.copy_(counts)
+    return loss
+
+
+def _plain_seesaw(counts: Tensor, loss: Any) -> Loss:
+    def seesaw(logits: Tensor, labels: Tensor) -> Tensor:
+        n = loss.class_counts.float().clamp(min=1)
+        ratio = n[None] / n[:, None]  # C x C, at every step
+        factor = ratio.clamp(max=1).pow(loss.p)[labels]
+        scores = logits.detach().softmax(1)
+        ratio = scores / scores.gather(1, labels[:, None]).clamp(min=loss.eps)
+        factor = factor * ratio.clamp(min=1).pow(loss.q)
+        return F.cross_entropy(logits + factor.log() * (1 - F.one_hot(labels, len(n))), labels)
+
+    return seesaw
+
+
+def _plain_arcface(counts: Tensor, loss: Any) -> Loss:
+    def arcface(cosines: Tensor, labels: Tensor) -> Tensor:
+        margin = loss.margin[labels]
+        of_label = cosines.gather(1, labels[:, None])[:, 0]
+        moved = torch.cos(torch.acos(of_label) + margin)
+        moved = torch.where(of_label > -margin.cos(), moved, of_label - margin * margin.sin())
+        return F.cross_entropy(loss.scale * cosines.scatter(1, labels[:, None], moved[:, None]), labels)
+
+    return arcface
+
+
+def _plain_label_aware_smoothing(counts: Tensor, loss: Any) -> Loss:
+    def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing: Tensor = loss.label_smoothing[labels]
+        log_p = F.log_softmax(logits, dim=1)
+        nll = -log_p.gather(1, labels[:, None])[:, 0]
+        return ((1 - smoothing) * nll - smoothing * log_p.mean(1)).mean()
+
+    return smoothed
+
+
 METHODS = {
     "ce": Method(lambda counts, settings: ltk.losses.CrossEntropyLoss(), _plain_ce),
     "weighted": Method(
@@ -93,6 +134,15 @@ METHODS = {
         cosine=True,
     ),
     "vs": Method(lambda counts, settings: ltk.losses.VSLoss(counts, gamma=settings.vs_gamma, tau=TAU), _plain_vs),
+    "seesaw": Method(_seesaw, _plain_seesaw),
+    "arcface": Method(
+        lambda counts, settings: ltk.losses.ArcFaceLoss(ltk.rebalance.arcface_margin(counts), scale=S),
+        _plain_arcface,
+        cosine=True,
+    ),
+    "label-aware-smoothing": Method(
+        lambda counts, settings: ltk.losses.LabelAwareSmoothingLoss(counts), _plain_label_aware_smoothing
+    ),
 }
 """What is trained. Post-hoc logit adjustment is not: it is the model of ``ce``, its logits adjusted at evaluation."""
 

@@ -17,8 +17,14 @@ TITLES = {
     "la-posthoc": "LA post hoc (CE)",
     "ldam-drw": "LDAM-DRW",
     "vs": "VS",
+    "seesaw": "seesaw",
+    "arcface": "ArcFace by count",
+    "label-aware-smoothing": "label-aware smooth.",
 }
 """Methods in the order of tables and plots."""
+
+DEFAULT = ("ce", "weighted", "cb", "la", "la-posthoc", "ldam-drw", "vs")
+"""Methods that are trained when none is named: what fits into three minutes."""
 
 SAMPLERS = (
     "instance",

@@ -5,7 +5,7 @@ All methods and seeds train side by side, each in a process of one thread. Two t
 plot (accuracy.png), everything as JSON (results.json) and the checkpoints go to --out. A call that was stopped or
 killed goes on with --resume, and ends with the same result.
 
-  python python/train.py                                every method on airport names, two seeds
+  python python/train.py                                seven methods on airport names, two seeds
   python python/train.py --method ce la --seeds 1       two methods, once
   python python/train.py --data tokens                  needs no package with data
   python python/train.py --resume                       the first call again, from its checkpoints
@@ -39,7 +39,7 @@ if missing := [name for name in ("numpy", "torch", "rich", "matplotlib") if impo
 import longtail_data
 import longtail_plan
 import longtail_report as report
-from longtail_plan import SAMPLERS, TITLES, Task, work
+from longtail_plan import DEFAULT, SAMPLERS, TITLES, Task, work
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from workers import WorkerFailed, run_all
@@ -139,7 +139,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         action="extend",
         metavar="METHOD",
-        help=f"one or more of {', '.join(TITLES)}; may be given several times (default: all)",
+        help=f"one or more of {', '.join(TITLES)}; may be given several times (default: {' '.join(DEFAULT)})",
     )
     parser.add_argument(
         "--sampler",
@@ -180,7 +180,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="time between checkpoints of a run; 0 is every step (default: %(default)g)",
     )
     args = parser.parse_args(argv)
-    args.method = [method for method in TITLES if args.method is None or method in args.method]
+    args.method = [method for method in TITLES if method in (args.method or DEFAULT)]
     args.out = args.out or Path("runs") / ("validate" if args.validate else "demo") / args.data
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"argument --out: expected a folder, found the file {args.out}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltkernels import losses
+from ltkernels import losses, rebalance
 
 COUNTS = [int(500 * 0.01 ** (c / 99)) for c in range(100)]  # CIFAR-100-LT
 N, C = 48, len(COUNTS)
@@ -28,6 +28,9 @@ EVERY = COUNTED | {
     "CrossEntropyLoss": lambda n, **k: losses.CrossEntropyLoss(**k),
     "CosFaceLoss": lambda n, **k: losses.CosFaceLoss(**k),
     "FocalLoss": lambda n, **k: losses.FocalLoss(**k),
+    "ArcFaceLoss": lambda n, **k: losses.ArcFaceLoss(**k),
+    "ArcFaceLoss(straight_through)": lambda n, **k: losses.ArcFaceLoss(gradient="straight_through", **k),
+    "ArcFaceLoss(by class)": lambda n, **k: losses.ArcFaceLoss(rebalance.arcface_margin(n), scale=16.0, **k),
 }
 every_counted = pytest.mark.parametrize("make", COUNTED.values(), ids=COUNTED.keys())
 every_loss = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY.keys())

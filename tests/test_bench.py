@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from ltkernels import losses
 from ltkernels.bench import main, peers, report, runner, targets
 from ltkernels.bench.device import Cpu, Sample
+from ltkernels.bench.peers_lade import LADE_VARIANTS
+from ltkernels.bench.peers_rows import ROW_VARIANTS, SEESAW_FIXED
 from ltkernels.bench.scenarios import SCENARIOS, Scenario, make_problem, scenario
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = {variant.name: variant for variant in peers.VARIANTS}
+VARIANTS = {v.name: v for v in (*peers.VARIANTS, *ROW_VARIANTS, SEESAW_FIXED, *LADE_VARIANTS)}
 QUICK = runner.Plan(seconds=0, compile=False, min_rounds=3, max_rounds=3)
 TINY = Scenario(6, 5, "custom")  # few rows, more than one class per row, odd sizes
 
@@ -331,7 +333,12 @@ def test_readme_figures_are_generated_dated_and_checked(readme_table: ModuleType
     draws = {"op": "sampling", "variant": "balanced", "scenario": "1000x10", "ratio": {"torch.multinomial": 0.0213}}
     ours = next(record for record in ldam_records if record["peer"] == peers.OURS)
     report.write_records([ours | draws], tmp_path / "cpu-sampling.jsonl")
-    blocks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in ("figures", "sampling")]
+    names = [name for name, *_ in readme_table.PARTS.values()]
+    for op, (_, file, _) in readme_table.PARTS.items():
+        if not (tmp_path / file).exists():
+            report.write_records([ours | {"op": op, "variant": op}], tmp_path / file)
+    assert names[0] == "figures" and names[-1] == "sampling"
+    blocks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in names]
     readme.write_text("# title\n" + "between\n".join(blocks) + "tail\n")
     paths = ["--results", str(tmp_path), "--readme", str(readme)]
     assert readme_table.main([*paths, "--check"]) == 1

@@ -59,7 +59,7 @@ def core_test(driver: ModuleType) -> Path:
     suites = ("main", "kernels_suite", "sampling_suite")
     units += [unit(f"tests/cpp/{name}.cpp", name, "-fsanitize=address") for name in suites]
     for isa, extra in driver.ISA_FLAGS.items():
-        kernels = ("csrc/cpu/kernels_cross_entropy.cpp", "csrc/cpu/kernels_sampling.cpp")
+        kernels = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/kernels_*.cpp"))
         for source in (*kernels, "tests/cpp/simd_suite.cpp"):
             units.append(unit(source, f"{isa}_{Path(source).stem}", f"-DLTK_ISA={isa}", *extra, *SANITIZERS))
     cxx = driver.compiler()

@@ -22,6 +22,9 @@ VALUES = tuple(
     f"tests/test_cross_entropy_{part}.py" for part in ("values", "limits", "golden", "torch", "inplace", "safety")
 )
 KERNELS = ("tests/test_gpu_kernels.py", "tests/test_sampling_gpu.py")
+LADE = ("tests/test_lade.py",)
+ROWS = ("tests/test_row_cross_entropy.py", "tests/test_row_cross_entropy_autograd.py")
+BINARY = ("tests/test_binary_cross_entropy.py",)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,10 @@ def library() -> Path:
 
 
 # Compute capability 9 has clusters, 8 has none: rows then are held by one block, or read twice.
-@pytest.mark.parametrize(("major", "files", "least"), [(9, VALUES, 1500), (9, KERNELS, 400), (8, KERNELS, 400)])
+@pytest.mark.parametrize(
+    ("major", "files", "least"),
+    [(9, VALUES, 1500), (9, KERNELS, 400), (8, KERNELS, 400), (9, LADE, 90), (9, BINARY, 60), (9, ROWS, 400)],
+)
 def test_emulated(library: Path, major: int, files: tuple[str, ...], least: int) -> None:
     environment = os.environ | {"LTK_EMULATED_CUDA": str(library), "LTK_EMULATE_MAJOR": str(major)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cuda", "-p", "no:cacheprovider", *files]

@@ -33,6 +33,8 @@ VECTORS = {  # name: (function, value for a class with count 0)
     "effective_number_weight": (rb.effective_number_weight, 0.0),
     "logit_adjustment": (rb.logit_adjustment, -np.inf),
     "ldam_margin": (rb.ldam_margin, 0.0),
+    "arcface_margin": (rb.arcface_margin, 0.0),
+    "label_aware_smoothing": (rb.label_aware_smoothing, 0.0),
     "vs_scale": (rb.vs_scale, 1.0),
 }
 every_vector = pytest.mark.parametrize(("function", "absent"), VECTORS.values(), ids=VECTORS.keys())

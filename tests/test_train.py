@@ -662,7 +662,7 @@ def test_a_folder_that_can_not_be_made_is_an_error(capsys: pytest.CaptureFixture
 def test_methods_are_in_one_order_without_repeats() -> None:
     args = train.parse(["--method", "vs", "la-posthoc", "--method", "ce", "vs", "--data", "digits"])
     assert args.method == ["ce", "la-posthoc", "vs"] and args.out == Path("runs/demo/digits")
-    assert train.parse([]).method == list(longtail_plan.TITLES)
+    assert train.parse([]).method == list(longtail_plan.DEFAULT)
     runs = list(longtail_plan.runs("digits", ["ce", "la-posthoc", "vs"], seeds=2, vs_gamma=0.0))
     assert [(run.method, run.seed) for run in runs] == [("ce", 0), ("vs", 0), ("ce", 1), ("vs", 1)]
     assert {(run.epochs, run.vs_gamma) for run in runs} == {(longtail_plan.RECIPES["digits"].epochs, 0.0)}

@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ltkernels.ops.options import Reduction
 from ltkernels.triton import cross_entropy as triton_cross_entropy
+from ltkernels.triton import lade as triton_lade
 from ltkernels.triton import sampling as triton_sampling
 from ltkernels.triton import tiles
 
@@ -56,6 +57,17 @@ def test_the_kernels_pass_tests_of_all_backends() -> None:
 
 def test_sampling() -> None:
     _interpret("test_sampling_gpu.py", "-k", "triton")
+
+
+def test_lade() -> None:
+    long = "(values and (float64 or float16 or 1032 or 5008)) or label_types or (layouts and every_second)"
+    _interpret("test_lade.py", "-k", f"triton and not ({long})")
+
+
+def test_binary_cross_entropy() -> None:
+    long = "(long_rows and (5003 or 1025 or drop)) or (forms and (fraction or clip or suppression)) or every_second"
+    of_the_machinery = "double_backward or compiled"
+    _interpret("test_binary_cross_entropy.py", "-k", f"triton and not ({long} or {of_the_machinery})")
 
 
 # --- What launches them, which needs no kernel ---
@@ -207,7 +219,7 @@ def test_programs_share_tiles_evenly() -> None:
 
 
 def test_every_variant_has_a_name_of_its_own() -> None:
-    for module in (triton_cross_entropy, triton_sampling):
+    for module in (triton_cross_entropy, triton_sampling, triton_lade):
         variants = module.variants()
         assert len({variant.name for variant in variants}) == len(variants)
         for variant in variants:

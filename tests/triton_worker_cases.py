@@ -29,7 +29,8 @@ from test_cross_entropy_values import ARGUMENT_SETS
 import ltkernels as ltk
 from ltkernels.ops import gpu
 from ltkernels.triton import cross_entropy as triton_cross_entropy
-from ltkernels.triton import cross_entropy_kernels, tiles
+from ltkernels.triton import cross_entropy_kernels, lade_kernels, sums, tiles
+from ltkernels.triton import lade as triton_lade
 
 FORM = Form("triton")
 _LOGITS = 512
@@ -127,7 +128,7 @@ def test_the_other_order_of_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
 
     other = tl.constexpr(1 - tiles.ROW_AXIS.value)
-    for module in (tiles, cross_entropy_kernels):
+    for module in (tiles, sums, cross_entropy_kernels):
         monkeypatch.setattr(module, "ROW_AXIS", other)
     monkeypatch.setattr(tiles, "LOGITS", _LOGITS)
     for name in ARGUMENT_SETS:
@@ -139,14 +140,35 @@ def test_the_other_order_of_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
             check(Case(torch.randn(4, classes), target, arguments, learnable=learnable), FORM)
 
 
+@pytest.mark.parametrize("order", (0, 1))
+@pytest.mark.usefixtures("small_tiles")
+def test_lade_in_many_tiles(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several chunks, chunks of several splits, more splits than are joined at a time; either order."""
+    import test_lade
+    import triton.language as tl
+
+    for module in (tiles, lade_kernels):
+        monkeypatch.setattr(module, "ROW_AXIS", tl.constexpr(order))
+    monkeypatch.setattr(lade_kernels, "_SUMS", tl.constexpr(2))
+    monkeypatch.setattr(lade_kernels, "FINISHED", tl.constexpr(4))
+    monkeypatch.setattr(triton_lade, "multiprocessors", lambda device: 4)
+    for shape in ((75, 13), (6, 600), (3, 19, 33)):
+        seed(order)
+        for kind in ("class", "sample"):
+            y = labels((shape[0], *shape[2:]), shape[1], ignored=-100)
+            y.view(-1)[0] = 0
+            test_lade.check(torch.randn(shape), y, test_lade.arguments(kind, shape[1]), FORM)
+    assert int(gpu.tickets(CPU).abs().sum()) == 0, "a kernel did not put its tickets back"
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 def test_more_programs_than_partial_sums_are_read_at_a_time(
     dtype: torch.dtype, launches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton.language as tl
 
-    monkeypatch.setattr(cross_entropy_kernels, "_PARTIALS", tl.constexpr(4))
-    monkeypatch.setattr(cross_entropy_kernels, "_FINISHED", tl.constexpr(2))
+    monkeypatch.setattr(sums, "_PARTIALS", tl.constexpr(4))
+    monkeypatch.setattr(cross_entropy_kernels, "FINISHED", tl.constexpr(2))
     monkeypatch.setattr(tiles, "LOGITS", 64)
     seed(4)
     arguments: dict[str, Any] = {"class_bias": torch.randn(13), "label_smoothing": 0.2}

@@ -12,11 +12,12 @@ namespace ltk {
 
 // What a block is for. ltkernels/reference/sampling.py has the same numbers.
 enum Stream : uint32_t {
-  draws = 0,          // position of an index: its class and its member
-  class_orders = 1,   // position of a window of a round: the order of its classes
-  member_orders = 2,  // (cycle, class): the order of a class's members
-  repeats = 3,        // key of a sample: whether its repeat factor is rounded up
-  class_drops = 4,    // four classes of a row: which of them are dropped (row_adjustments.h)
+  draws = 0,           // position of an index: its class and its member
+  class_orders = 1,    // position of a window of a round: the order of its classes
+  member_orders = 2,   // (cycle, class): the order of a class's members
+  repeats = 3,         // key of a sample: whether its repeat factor is rounded up
+  class_drops = 4,     // four classes of a row: which of them are dropped (row_adjustments.h)
+  negative_drops = 5,  // four columns of a row, or a row: which negatives are kept (binary_terms.h)
 };
 
 struct PhiloxBlock {

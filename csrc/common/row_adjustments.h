@@ -21,9 +21,28 @@ struct ArcCosine {
   T value, slope;
 };
 
+// Of an angle in [0, pi]. CUDA's cos keeps an array on the stack for angles of any size, cospi does not.
+LTK_HOST_DEVICE void cos_and_sin(float m, float* cos_m, float* sin_m) {
+#if defined(__CUDA_ARCH__)
+  sincospif(m * 0.318309886183790672f, sin_m, cos_m);
+#else
+  *cos_m = std::cos(m);
+  *sin_m = std::sin(m);
+#endif
+}
+LTK_HOST_DEVICE void cos_and_sin(double m, double* cos_m, double* sin_m) {
+#if defined(__CUDA_ARCH__)
+  sincospi(m * 0.318309886183790672, sin_m, cos_m);
+#else
+  *cos_m = std::cos(m);
+  *sin_m = std::sin(m);
+#endif
+}
+
 template <class T>
 LTK_HOST_DEVICE ArcCosine<T> arc_cosine(T c, T m, MarginType type) {
-  const T cos_m = std::cos(m), sin_m = std::sin(m);
+  T cos_m, sin_m;
+  cos_and_sin(m, &cos_m, &sin_m);
   const T squared = T(1) - c * c;
   const bool flat = !(squared >= T(1e-12));  // there the angle has no slope; NaN stays NaN by c
   const T sine = std::sqrt(flat ? T(1e-12) : squared);
@@ -58,7 +77,9 @@ LTK_HOST_DEVICE int64_t drop_blocks(int64_t classes) { return (classes + 3) / 4;
 LTK_HOST_DEVICE bool is_dropped(int64_t row, int64_t j, int64_t classes, uint32_t step, uint64_t seed,
                                 uint64_t threshold) {
   const PhiloxBlock block = philox(uint64_t(row * drop_blocks(classes) + j / 4), step, class_drops, seed);
-  return block.words[j % 4] < threshold;
+  const bool odd = j % 2 != 0;  // not words[j % 4]: what is indexed is no register
+  const uint32_t low = odd ? block.words[1] : block.words[0], high = odd ? block.words[3] : block.words[2];
+  return (j % 4 < 2 ? low : high) < threshold;
 }
 
 // Where a forward leaves what its backward needs, in one tensor: ltkernels/ops/row_cross_entropy.py, new_state.

@@ -74,7 +74,9 @@ LTK_HOST_DEVICE FocalTerms<T> with_influence(const FocalTerms<T>& f, T ce, T res
                                              bool detached) {
   const T below = T(2) * influence.norm * rest + influence.eps, factor = influence.alpha / below;
   const T p = T(1) - rest;
-  const T slope = !detached && p > T(0) ? ce * f.modulation * factor * (T(2) * influence.norm * p / below) : T(0);
+  const T slope = !detached && p > T(0) && influence.norm > T(0)
+                      ? ce * f.modulation * factor * (T(2) * influence.norm * p / below)
+                      : T(0);
   return {f.modulation * factor, f.a * factor, f.b * factor - slope};
 }
 

@@ -1,7 +1,9 @@
 // The kernels of all hot paths by instruction set.
 #pragma once
 
+#include "cpu/binary_cross_entropy.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/distillation.h"
 #include "cpu/lade.h"
 #include "cpu/row_cross_entropy.h"
 #include "cpu/sampling.h"
@@ -9,7 +11,9 @@
 namespace ltk {
 
 struct Kernels {
+  const BinaryCrossEntropyTable& binary_cross_entropy;
   const CrossEntropyTable& cross_entropy_table;
+  const DistillationTable& distillation;
   const LadeTable& lade;
   const RowCrossEntropyTable& row_cross_entropy;
   const SamplingTable& sampling;

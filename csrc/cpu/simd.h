@@ -291,4 +291,37 @@ inline void narrow(const T* from, int64_t count, To* to) {
   for (; j < count; ++j) round_to(to + j, from[j]);
 }
 
+// log(1 + f) for 1 + f from the smallest normal number up to the largest, to 3 ulp however small f is; NaN for NaN, not
+// for infinity. 1 + f = 2^k m with m from sqrt(1/2) to sqrt(2); log m = 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.172,
+// by its power series. For k = 0, where rounding 1 + f would lose the digits of a small f, m - 1 is f itself.
+static inline Vec<float> logarithm_1p(Vec<float> f) {
+  const Vec<float> u = 1.0f + f;
+  const IntVec<float> k = ((IntVec<float>)u - 0x3f3504f3) >> 23;
+  const Vec<float> m = (Vec<float>)((IntVec<float>)u - (IntVec<float>)((BitVec<float>)k << 23));
+  const Vec<float> g = k == 0 ? f : m - 1.0f;
+  const Vec<float> s = g / (2.0f + g), square = s * s;
+  Vec<float> series = splat(2.0f / 9);
+  for (const float coefficient : {2.0f / 7, 2.0f / 5, 2.0f / 3})
+    series = multiply_add<float>(series, square, splat(coefficient));
+  const Vec<float> log_m = multiply_add<float>(series * square, s, s + s);
+  const Vec<float> log_u = multiply_add<float>(__builtin_convertvector(k, Vec<float>), splat(0.693147181f), log_m);
+  return f == f ? log_u : f;
+}
+
+static inline Vec<double> logarithm_1p(Vec<double> f) {
+  const Vec<double> u = 1.0 + f;
+  const IntVec<double> k = ((IntVec<double>)u - 0x3fe6a09e667f3bcd) >> 52;
+  const Vec<double> m = (Vec<double>)((IntVec<double>)u - (IntVec<double>)((BitVec<double>)k << 52));
+  const Vec<double> g = k == 0 ? f : m - 1.0;
+  const Vec<double> s = g / (2.0 + g), square = s * s;
+  Vec<double> series = splat(2.0 / 21);
+  for (const double coefficient :
+       {2.0 / 19, 2.0 / 17, 2.0 / 15, 2.0 / 13, 2.0 / 11, 2.0 / 9, 2.0 / 7, 2.0 / 5, 2.0 / 3})
+    series = multiply_add<double>(series, square, splat(coefficient));
+  const Vec<double> log_m = multiply_add<double>(series * square, s, s + s);
+  const Vec<double> log_u =
+      multiply_add<double>(__builtin_convertvector(k, Vec<double>), splat(0.69314718055994531), log_m);
+  return f == f ? log_u : f;
+}
+
 }  // namespace ltk::LTK_ISA

@@ -153,22 +153,30 @@ LTK_DEVICE bool is_absent(const Call<T>& call, int64_t y) {
   return call.bias != nullptr && call.bias[y] == -T(INFINITY);
 }
 template <class T>
-LTK_DEVICE Label read_label(const Call<T>& call, int64_t row) {
-  Label label = check_range(call, raw_label(call, row));
+LTK_DEVICE Label check_label(const Call<T>& call, int64_t y) {
+  Label label = check_range(call, y);
   if (!label.ignored && label.error == 0 && is_absent(call, label.y)) label.error = label_of_absent_class;
   return label;
 }
+template <class T>
+LTK_DEVICE Label read_label(const Call<T>& call, int64_t row) {
+  return check_label(call, raw_label(call, row));
+}
 
 template <class T>
-LTK_DEVICE RowState<T> read_state(const Call<T>& call, int64_t row) {
+LTK_DEVICE RowState<T> read_state(const RowState<T>* states, int64_t row) {
   RowState<T> state;
   if constexpr (sizeof(T) == 4) {
-    const Vector v = reinterpret_cast<const Vector*>(call.state)[row];
+    const Vector v = reinterpret_cast<const Vector*>(states)[row];
     std::memcpy(&state, &v, sizeof state);
   } else {
-    state = reinterpret_cast<const RowState<T>*>(call.state)[row];
+    state = states[row];
   }
   return state;
+}
+template <class T>
+LTK_DEVICE RowState<T> read_state(const Call<T>& call, int64_t row) {
+  return read_state(reinterpret_cast<const RowState<T>*>(call.state), row);
 }
 
 template <class T>
@@ -203,36 +211,51 @@ LTK_DEVICE void add_row_without_logits(const Call<T>& call, int64_t row, const L
 
 // What the forward left for the backward; NaN if it was none of these kernels' (ltkernels/ops/cross_entropy.py).
 template <class T>
-LTK_DEVICE T read_inverse_denominator(const Call<T>& call) {
-  const T inverse = call.state[4 * call.rows];
+LTK_DEVICE T read_inverse_denominator(const Call<T>& call, const T* at) {
+  const T inverse = *at;
   if (!(inverse < T(0))) return inverse;
   *call.error = foreign_state;
   return T(NAN);
 }
-
-// Loss and denominator of the batch, written by the block that comes last.
 template <class T>
-LTK_DEVICE void finish_batch(const Call<T>& call, Totals mine) {
-  T* inverse_denominator = call.state + 4 * call.rows;
+LTK_DEVICE T read_inverse_denominator(const Call<T>& call) {
+  return read_inverse_denominator(call, call.state + 4 * call.rows);
+}
+
+// Loss and denominators of the batch, written by the block that comes last: the loss is the sum of what `given` labels
+// of a row add up to, each by its own denominator.
+template <class T, int labels>
+LTK_DEVICE void finish_batch(const Call<T>& call, const Totals (&mine)[labels], int given, T* inverse_denominators) {
   if (call.reduction == Reduction::none) {
-    if (simt::block() == 0 && simt::thread() == 0) *inverse_denominator = T(1);
+    if (simt::block() == 0 && simt::thread() == 0)
+      for (int k = 0; k < labels; ++k) inverse_denominators[k] = T(1);
     return;
   }
-  const Totals block = block_sum(mine);
   Totals* partials = reinterpret_cast<Totals*>(call.partials);
-  if (simt::thread() == 0) partials[simt::block()] = block;
-  if (!last_block(call.tickets, simt::blocks())) return;
-  mine = {0.0, 0.0};
-  for (int64_t b = simt::thread(); b < simt::blocks(); b += simt::threads()) {
-    mine.a += partials[b].a;
-    mine.b += partials[b].b;
+  for (int k = 0; k < labels; ++k) {
+    const Totals block = block_sum(mine[k]);
+    if (simt::thread() == 0) partials[simt::block() * labels + k] = block;
   }
-  const Totals all = block_sum(mine);
-  if (simt::thread() != 0) return;
-  double inverse = 1.0;
-  if (call.reduction != Reduction::sum) inverse = all.b == 0.0 && call.empty_zero ? 0.0 : 1.0 / all.b;
-  *inverse_denominator = T(inverse);
-  *call.loss = T(inverse == 0.0 ? 0.0 : all.a * inverse);  // 0 / 0 is torch's mean over nothing
+  if (!last_block(call.tickets, simt::blocks())) return;
+  double loss = 0.0;
+  for (int k = 0; k < labels; ++k) {
+    Totals sums{0.0, 0.0};
+    for (int64_t b = simt::thread(); b < simt::blocks(); b += simt::threads()) {
+      sums.a += partials[b * labels + k].a;
+      sums.b += partials[b * labels + k].b;
+    }
+    const Totals all = block_sum(sums);
+    double inverse = 1.0;
+    if (k < given && call.reduction != Reduction::sum) inverse = all.b == 0.0 && call.empty_zero ? 0.0 : 1.0 / all.b;
+    if (simt::thread() == 0) inverse_denominators[k] = T(inverse);
+    loss += inverse == 0.0 ? 0.0 : all.a * inverse;  // 0 / 0 is torch's mean over nothing
+  }
+  if (simt::thread() == 0) *call.loss = T(loss);
+}
+template <class T>
+LTK_DEVICE void finish_batch(const Call<T>& call, Totals mine) {
+  const Totals of_label[1] = {mine};
+  finish_batch(call, of_label, 1, call.state + 4 * call.rows);
 }
 
 }  // namespace ltk::cuda

@@ -228,8 +228,28 @@ backward_any(const Call<T> call) {
   }
 }
 
+// The sums of a split of the rows (a block) for the columns from `begin` on, of which a thread has one. The last split
+// adds them up, in the order of the splits.
+template <class T>
+LTK_DEVICE void finish_columns(const Call<T>& call, int64_t begin, T scale_sum, T bias_sum) {
+  const int64_t splits = simt::blocks(), j = begin + simt::thread();
+  if (j < call.classes) {
+    if (call.scale_sums != nullptr) call.scale_partials[simt::block() * call.classes + j] = scale_sum;
+    if (call.bias_sums != nullptr) call.bias_partials[simt::block() * call.classes + j] = bias_sum;
+  }
+  if (!last_block(call.tickets + begin / column_threads, splits)) return;
+  if (j >= call.classes) return;
+  scale_sum = bias_sum = T(0);
+  for (int64_t s = 0; s < splits; ++s) {
+    if (call.scale_sums != nullptr) scale_sum += call.scale_partials[s * call.classes + j];
+    if (call.bias_sums != nullptr) bias_sum += call.bias_partials[s * call.classes + j];
+  }
+  if (call.scale_sums != nullptr) call.scale_sums[j] = scale_sum;
+  if (call.bias_sums != nullptr) call.bias_sums[j] = bias_sum;
+}
+
 // With sums over rows: a thread keeps a column and walks down the rows of its block (x: a split of the rows, tile: the
-// columns). The last split of a tile adds the sums up, in the order of the splits.
+// columns).
 template <class E, class T>
 LTK_KERNEL(column_threads, sizeof(T) == 8 ? 3 : 6)
 backward_columns(const Call<T> call) {
@@ -266,19 +286,7 @@ backward_columns(const Call<T> call) {
                  call.scale != nullptr ? call.scale[j] * d[i] : d[i]);
       }
     }
-    if (j < call.classes) {
-      if (call.scale_sums != nullptr) call.scale_partials[split * call.classes + j] = scale_sum;
-      if (call.bias_sums != nullptr) call.bias_partials[split * call.classes + j] = bias_sum;
-    }
-    if (!last_block(call.tickets + begin / column_threads, splits)) continue;
-    if (j >= call.classes) continue;
-    scale_sum = bias_sum = T(0);
-    for (int64_t s = 0; s < splits; ++s) {
-      if (call.scale_sums != nullptr) scale_sum += call.scale_partials[s * call.classes + j];
-      if (call.bias_sums != nullptr) bias_sum += call.bias_partials[s * call.classes + j];
-    }
-    if (call.scale_sums != nullptr) call.scale_sums[j] = scale_sum;
-    if (call.bias_sums != nullptr) call.bias_sums[j] = bias_sum;
+    finish_columns(call, begin, scale_sum, bias_sum);
   }
 }
 

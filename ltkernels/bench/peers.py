@@ -238,10 +238,11 @@ def loss_forms(variant: Variant, problem: Problem, dtype: torch.dtype) -> dict[s
         problem: inputs, for the class counts and weights.
         dtype: type that the tables (weights, adjustments, margins) take in the plain forms.
     """
-    forms: dict[str, LossFn] = {OURS: our_function(variant, problem), EAGER: variant.eager(problem, dtype)}
+    forms: dict[str, LossFn] = {OURS: our_function(variant, problem)}
     module = variant.ours(problem)
     if isinstance(module, torch.nn.Module):
         forms[MODULE] = module.to(problem.logits.device)
+    forms[EAGER] = variant.eager(problem, dtype)
     if variant.published is not None:
         forms[PUBLISHED] = variant.published(problem, dtype)
     if variant.library is not None and (library := variant.library(problem)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,13 +208,7 @@ def cross_entropy(
     scalars = (
         ignore_index, reduction, label_smoothing, scale, focal_gamma, focal_pt, focal_grad, z_loss, denominator, empty,
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        options, divisor = _options.__wrapped__(*scalars)
-    else:
-        try:
-            options, divisor = _options(*scalars)
-        except TypeError:  # a value of the wrong type, or one that the cache cannot hold, of which this says more
-            options, divisor = _options.__wrapped__(*scalars)
+    options, divisor = _cached_options(*scalars)
     if options.ignore_index >= 0 and y.is_floating_point():
         raise ValueError(f"ignore_index: expected a negative number with probability targets, found {ignore_index}")
 
@@ -252,6 +247,15 @@ def _options(
         arg.choice("empty", empty, ("nan", "zero")) == "zero",
     )
     return options, divisor
+
+
+def _cached_options(*scalars: Any) -> tuple[CrossEntropyOptions, float]:
+    if torch.compiler.is_compiling():
+        return _options.__wrapped__(*scalars)
+    try:
+        return _options(*scalars)
+    except TypeError:  # a value of the wrong type, or one that the cache cannot hold, of which this says more
+        return _options.__wrapped__(*scalars)
 
 
 _MARGIN_TYPES = {"additive": 0, "arc": 1, "arc_straight_through": 2}
@@ -298,7 +302,7 @@ def _of_rows(
     given: Tensor | None = None
     if isinstance(denominator, Tensor):
         given, denominator = given_denominator(denominator, reduction), 1.0
-    shared, divisor = _options(
+    shared, divisor = _cached_options(
         ignore_index, reduction, eps, scale, focal_gamma, focal_pt, focal_grad,
         z_loss, denominator, empty,
     )  # fmt: skip

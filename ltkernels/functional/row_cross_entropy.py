@@ -107,7 +107,7 @@ def _labels(input: Tensor, target: Target) -> tuple[list[Tensor], Tensor | None]
 def _check_labels(name: str, input: Tensor, target: Tensor) -> None:
     if arg.tensor(name, target).is_floating_point():
         raise TypeError(f"{name}: expected labels of an integer type for this loss, found {target.dtype}")
-    arg.check_target(input, target)
+    arg.check_target(input, target, name)
 
 
 def pair_options(

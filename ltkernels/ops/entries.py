@@ -25,11 +25,13 @@ gradient to compute (``no_grad``), none is written.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
+from ltkernels.backends import Implementation
 from ltkernels.ops import gpu
 from ltkernels.ops.options import Reduction
 from ltkernels.ops.table import NO_STATE, Op, only_reference
@@ -37,7 +39,13 @@ from ltkernels.ops.table import NO_STATE, Op, only_reference
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def call(op: Op, tensors: tuple[Tensor | None, ...], options: Any, inplace: bool = False) -> Tensor:
+def call(
+    op: Op,
+    tensors: tuple[Tensor | None, ...],
+    options: Any,
+    inplace: bool = False,
+    kept: list[Tensor] | None = None,
+) -> Tensor:
     """The loss of ``tensors`` by the backend that serves the call; see the op's reference.
 
     Args:
@@ -45,13 +53,17 @@ def call(op: Op, tensors: tuple[Tensor | None, ...], options: Any, inplace: bool
         tensors: one for each of ``op.tensors``, logits first; ``None`` where an optional one is not given.
         options: the scalars, of ``op.options``.
         inplace: whether the gradient may be written over the logits.
+        kept: receives the state of a forward by an op or a kernel, for ops whose callers read it.
     """
     input = tensors[0]
     assert input is not None
     if torch.compiler.is_compiling() or type(input) not in _PLAIN:
         if torch._C._are_functorch_transforms_active() or only_reference(op, *tensors):  # a transform inside a graph
             return op.reference(*tensors, options)
-        loss: Tensor = op.forward(*tensors, *options)[0]
+        loss: Tensor
+        loss, state = op.forward(*tensors, *options)
+        if kept is not None:
+            kept.append(state.detach())
         return loss
     if not input.is_cpu:
         gpu.check()
@@ -62,6 +74,8 @@ def call(op: Op, tensors: tuple[Tensor | None, ...], options: Any, inplace: bool
     if torch._C._are_functorch_transforms_active():
         loss = _Transformable.apply(op, *tensors, options, implementation)[0]
         return loss
+    if kept is not None:
+        implementation = _keeping(implementation, kept)
     if torch.is_grad_enabled():
         variables = op.variables(tensors)
         for variable in variables:
@@ -70,6 +84,17 @@ def call(op: Op, tensors: tuple[Tensor | None, ...], options: Any, inplace: bool
                 return loss
     loss = implementation.forward(*tensors, *options, False)[0]
     return loss
+
+
+def _keeping(implementation: Implementation, kept: list[Tensor]) -> Implementation:
+    """``implementation``, whose forward hands its state to ``kept`` too."""
+
+    def forward(*args: Any) -> Any:
+        result = implementation.forward(*args)
+        kept.append(result[1])
+        return result
+
+    return replace(implementation, forward=forward)
 
 
 class _Lean(torch.autograd.Function):

@@ -79,3 +79,37 @@ class LadeOptions(NamedTuple):
     remine_lambda: float = 0.1
     weight: float = 0.1
     with_ce: bool = True
+
+
+class BinaryCrossEntropyOptions(NamedTuple):
+    """Scalars of :func:`ltkernels.functional.binary_cross_entropy`, in the order of the op's schema."""
+
+    ignore_index: int = -100
+    reduction: int = Reduction.MEAN_COUNT
+    """Never the mean by weight."""
+    background_index: int = -1
+    """The label of background rows; -1 for none."""
+    alpha_pos: float = 1.0
+    alpha_neg: float = 1.0
+    gamma_pos: float = 0.0
+    gamma_neg: float = 0.0
+    clip: float = 0.0
+    scored: bool = False
+    """Whether negatives with a logit of at least ``score_logit`` are kept."""
+    score_logit: float = 0.0
+    row_draws: bool = False
+    """Whether a row draws once for all its columns."""
+    column_sums: bool = False
+    empty_zero: bool = False
+    seed: int = 0
+
+
+class DistillationOptions(NamedTuple):
+    """Scalars of :func:`ltkernels.functional.distillation_loss`, in the order of the op's schema."""
+
+    ignore_index: int = -100
+    reduction: int = Reduction.MEAN_COUNT
+    student_scale: float = 1.0
+    teacher_scale: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 1.0

@@ -55,8 +55,19 @@ class Op:
         new_state: Callable[[Tensors, Any], Tensor],
         preferences: tuple[backends.Preference, ...],
         tickets: Callable[[Tensor, Sequence[bool]], int] = lambda input, need: 1,
+        fill_state: Callable[[Tensor, Tensors, Any], None] = lambda state, tensors, options: None,
+        forward_tickets: Callable[[Tensor], int] = lambda input: 1,
+        on_gpu: bool = True,
     ) -> None:
-        """``tickets(input, need)``: how many counters a backward by CUDA takes (ops/gpu.py)."""
+        """``tickets(input, need)``: how many counters a backward by CUDA takes (ops/gpu.py).
+
+        ``forward_tickets(input)``: how many a forward takes.
+
+        ``fill_state(state, tensors, options)``: what callers read from a state, written by the reference.
+
+        ``on_gpu``: whether there are kernels for GPUs; without, the reference serves there.
+        """
+        self.fill_state = fill_state
         self.name, self.tensors, self.gradients, self.options = name, tensors, gradients, options
         self.reference, self.check_values, self.new_state = reference, check_values, new_state
         self._fixed = tuple(place for place in range(len(tensors)) if place not in gradients)
@@ -65,11 +76,14 @@ class Op:
 
         refuses = partial(only_reference, self)
         implementation = backends.Implementation
+        of_gpu = [
+            implementation("cuda", "cuda", *_cuda(self, tickets, forward_tickets), refuses=refuses),
+            implementation("triton", "cuda", *_triton(self), refuses=refuses),
+        ]
         self.table = backends.Table(
             name,
             [
-                implementation("cuda", "cuda", *_cuda(self, tickets), refuses=refuses),
-                implementation("triton", "cuda", *_triton(self), refuses=refuses),
+                *(of_gpu if on_gpu else ()),
                 implementation("cpu", "cpu", *_cpu(self), refuses=refuses, gradient_in_forward=True),
                 implementation("reference", None, *_reference(self)),
             ],
@@ -133,7 +147,9 @@ def _reference(op: Op) -> _Pair:
         tensors, options = args[:count], op.options(*args[count:-1])
         op.check_on_cpu(tensors, options)
         with torch.no_grad():
-            return op.reference(*tensors, options), op.new_state(tensors, options).fill_(NO_STATE), None
+            state = op.new_state(tensors, options).fill_(NO_STATE)
+            op.fill_state(state, tensors, options)
+            return op.reference(*tensors, options), state, None
 
     def backward(grad: Tensor, state: Tensor, *args: Any) -> tuple[Tensor, ...]:
         end = len(args) - len(op.gradients) - 1
@@ -195,12 +211,14 @@ def _cpu(op: Op) -> _Pair:
     return forward, backward
 
 
-def _cuda(op: Op, tickets: Callable[[Tensor, Sequence[bool]], int]) -> _Pair:
+def _cuda(op: Op, tickets: Callable[[Tensor, Sequence[bool]], int], forward_tickets: Callable[[Tensor], int]) -> _Pair:
     name, needs = op.name, len(op.gradients)
 
     def forward(*args: Any) -> tuple[Tensor, Tensor, None]:
-        device = args[0].device
-        loss, state = compiled_ops("ltkernels_cuda", name)[0](*args[:-1], gpu.tickets(device), gpu.error_word(device))
+        device, count = args[0].device, forward_tickets(args[0])
+        loss, state = compiled_ops("ltkernels_cuda", name)[0](
+            *args[:-1], gpu.tickets(device, count), gpu.error_word(device)
+        )
         return loss, state, None
 
     def backward(grad: Tensor, state: Tensor, *args: Any) -> Any:

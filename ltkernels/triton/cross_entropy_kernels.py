@@ -21,6 +21,22 @@ import triton
 import triton.language as tl
 
 from ltkernels.triton.row_loss import finish_label_row, finish_probability_row, weighted
+from ltkernels.triton.sums import (
+    ABSENT_CLASS,
+    FINISHED,
+    FOREIGN_STATE,
+    LOG2_E,
+    OUT_OF_RANGE,
+    add,
+    add_splits,
+    adjusted,
+    finish_batch,
+    get,
+    labels,
+    put,
+    smoothing_per_class,
+    tables,
+)
 from ltkernels.triton.tiles import (
     _ROWS,
     ROW_AXIS,
@@ -35,86 +51,7 @@ from ltkernels.triton.tiles import (
     tile_columns,
 )  # fmt: skip
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_FINISHED = tl.constexpr(128)  # rows that a program finishes at a time
-_PARTIALS = tl.constexpr(1024)  # programs' sums that the last one adds at a time
-_OUT_OF_RANGE, _ABSENT_CLASS, _FOREIGN_STATE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # ops/gpu.py
-
-
-# --- What both kernels share ---
-
-
-@triton.jit
-def _labels(target, offsets, exists, classes, ignore_index):
-    """Labels as int64, which of them are ignored, and which are classes; 2^63 and more of uint64 is neither."""
-    y = tl.load(target + offsets, mask=exists, other=0).to(tl.int64)
-    ignored = y == ignore_index
-    if target.dtype.element_ty == tl.uint64:
-        ignored = ignored & (y >= 0)
-    return y, ignored, (y >= 0) & (y < classes)
-
-
-@triton.jit
-def _tables(weight, class_scale, class_bias, columns, inside, T: tl.constexpr):
-    """Of the classes at ``columns``: scale, bias, weight, and ws, the weight where smoothing reaches."""
-    a = tl.full((), 1.0, T)
-    b = tl.full((), 0.0, T)
-    w = tl.where(inside, 1.0, 0.0).to(T)
-    if class_scale is not None:
-        a = tl.load(class_scale + columns, mask=inside, other=1.0)
-    if class_bias is not None:
-        b = tl.load(class_bias + columns, mask=inside, other=0.0)
-    if weight is not None:
-        w = tl.load(weight + columns, mask=inside, other=0.0)
-    ws = w
-    if class_bias is not None:
-        ws = tl.where(b == -float("inf"), 0.0, w)
-    return a, b, w, ws
-
-
-@triton.jit
-def _adjusted(x, a, b, class_scale, class_bias):
-    if class_scale is not None:
-        x = x * a
-    if class_bias is not None:
-        x = x + b
-    return x
-
-
-@triton.jit
-def _smoothing_per_class(label_smoothing, class_bias, classes, SMOOTHING: tl.constexpr, T: tl.constexpr):
-    """eps / K. The classes with a finite bias are counted here: the host would have to wait for the number."""
-    if not SMOOTHING:
-        return tl.full((), 0.0, T)
-    elif class_bias is None:
-        return tl.full((), label_smoothing, T) / classes.to(T)
-    else:
-        count = tl.zeros((_PARTIALS,), tl.int32)
-        for start in range(0, classes, _PARTIALS):
-            columns = start + tl.arange(0, _PARTIALS)
-            bias = tl.load(class_bias + columns, mask=columns < classes, other=-float("inf"))
-            count += (bias != -float("inf")).to(tl.int32)
-        return tl.full((), label_smoothing, T) / tl.sum(count).to(T)
-
-
 # --- Forward ---
-
-
-@triton.jit
-def _add(total, distance, coefficient, below, rise):
-    """Adds a chunk's coefficients and ``coefficient * below``; what was added before is ``rise`` further below now."""
-    distance = distance + weighted(total, rise) + lane_sum(weighted(coefficient, below))
-    return total + lane_sum(coefficient), distance
-
-
-@triton.jit
-def _put(sums, row, exists, place: tl.constexpr, value, WIDTH: tl.constexpr):
-    tl.store(sums + row.to(tl.int64) * WIDTH + place, value, mask=exists)
-
-
-@triton.jit
-def _get(sums, row, exists, place: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.load(sums + row.to(tl.int64) * WIDTH + place, mask=exists, other=0.0)
 
 
 @triton.jit
@@ -128,52 +65,52 @@ def _finish_rows(
     T: tl.constexpr = state.dtype.element_ty
     PROBABILITIES: tl.constexpr = target.dtype.element_ty.is_floating()
     NOTHING: tl.constexpr = -float("inf")
-    soft = _smoothing_per_class(label_smoothing, class_bias, classes, SMOOTHING, T)
-    loss_sum = tl.zeros((_FINISHED,), tl.float64)
-    weight_sum = tl.zeros((_FINISHED,), tl.float64)
-    for start in range(begin, end, _FINISHED):
-        row = start + tl.arange(0, _FINISHED)
+    soft = smoothing_per_class(label_smoothing, class_bias, classes, SMOOTHING, T)
+    loss_sum = tl.zeros((FINISHED,), tl.float64)
+    weight_sum = tl.zeros((FINISHED,), tl.float64)
+    for start in range(begin, end, FINISHED):
+        row = start + tl.arange(0, FINISHED)
         exists = row < end
-        r = tl.full((_FINISHED,), 1.0, T)
+        r = tl.full((FINISHED,), 1.0, T)
         if sample_weight is not None:
             r = tl.load(sample_weight + row, mask=exists, other=0.0)
-        top = _get(sums, row, exists, 0, WIDTH)
-        total = _get(sums, row, exists, 1, WIDTH)
-        smooth_total = tl.zeros((_FINISHED,), T)
+        top = get(sums, row, exists, 0, WIDTH)
+        total = get(sums, row, exists, 1, WIDTH)
+        smooth_total = tl.zeros((FINISHED,), T)
         smooth_distance = smooth_total
         if SMOOTHING:
-            smooth_total = _get(sums, row, exists, 2, WIDTH)
-            smooth_distance = scale * _get(sums, row, exists, 3, WIDTH)
+            smooth_total = get(sums, row, exists, 2, WIDTH)
+            smooth_distance = scale * get(sums, row, exists, 3, WIDTH)
         if PROBABILITIES:
-            target_total = _get(sums, row, exists, 4, WIDTH)
-            target_distance = scale * _get(sums, row, exists, 5, WIDTH)
+            target_total = get(sums, row, exists, 4, WIDTH)
+            target_distance = scale * get(sums, row, exists, 5, WIDTH)
             weighted_total, weighted_distance = target_total, target_distance
             if weight is not None:
-                weighted_total = _get(sums, row, exists, 6, WIDTH)
-                weighted_distance = scale * _get(sums, row, exists, 7, WIDTH)
+                weighted_total = get(sums, row, exists, 6, WIDTH)
+                weighted_distance = scale * get(sums, row, exists, 7, WIDTH)
             value, probability, factor, rest = finish_probability_row(
                 scale * top, total, target_total, target_distance, weighted_total, weighted_distance,
                 smooth_distance, smooth_total, r, label_smoothing, soft, gamma, z, focal_weighted, focal_detached,
             )  # fmt: skip
             counted = r
             if reduction == 3:
-                counted = tl.full((_FINISHED,), 1.0, T)
+                counted = tl.full((FINISHED,), 1.0, T)
         else:
             group = (row // inner).to(tl.int64)
             place = (row % inner).to(tl.int64)
             offsets = group * target_group + place * target_row
-            y, ignored, known = _labels(target, offsets, exists, classes, ignore_index)
+            y, ignored, known = labels(target, offsets, exists, classes, ignore_index)
             used = exists & known & ~ignored
-            wrong = tl.where(exists & ~ignored & ~known, _OUT_OF_RANGE, 0)
+            wrong = tl.where(exists & ~ignored & ~known, OUT_OF_RANGE, 0)
             x = input + group * input_group + place * input_row + y * input_class
             u = tl.load(x, mask=used, other=0.0).to(T)
-            w = tl.full((_FINISHED,), 1.0, T)
+            w = tl.full((FINISHED,), 1.0, T)
             if class_scale is not None:
                 u *= tl.load(class_scale + y, mask=used, other=1.0)
             if class_bias is not None:
                 b = tl.load(class_bias + y, mask=used, other=0.0)
                 u += b
-                wrong = tl.where(used & (b == NOTHING), _ABSENT_CLASS, wrong)
+                wrong = tl.where(used & (b == NOTHING), ABSENT_CLASS, wrong)
             if class_margin is not None:
                 u -= tl.load(class_margin + y, mask=used, other=0.0).to(T)
             else:
@@ -183,8 +120,8 @@ def _finish_rows(
             # The label joins the other classes: the maximum may rise to it.
             raised = tl.maximum(u, top)
             rise = tl.where(top == NOTHING, 0.0, raised - top)
-            others = total * tl.exp2(-rise * scale * _LOG2_E)
-            at_label = tl.exp2((u - raised) * (scale * _LOG2_E))
+            others = total * tl.exp2(-rise * scale * LOG2_E)
+            at_label = tl.exp2((u - raised) * (scale * LOG2_E))
             top = raised
             below = scale * (top - u)
             if SMOOTHING:
@@ -204,43 +141,15 @@ def _finish_rows(
             rest = tl.where(without, nothing, rest)
             counted = tl.where((wrong > 0) | (reduction == 3), 1.0, r * w)
             counted = tl.where(ignored, 0.0, counted)
-        _put(state, row, exists, 0, top, 4)
-        _put(state, row, exists, 1, probability, 4)
-        _put(state, row, exists, 2, factor, 4)
-        _put(state, row, exists, 3, rest, 4)
+        put(state, row, exists, 0, top, 4)
+        put(state, row, exists, 1, probability, 4)
+        put(state, row, exists, 2, factor, 4)
+        put(state, row, exists, 3, rest, 4)
         if reduction == 0:
             tl.store(loss + row, value, mask=exists)
         loss_sum += tl.where(exists, value, 0.0).to(tl.float64)
         weight_sum += tl.where(exists, counted, 0.0).to(tl.float64)
     return tl.sum(loss_sum), tl.sum(weight_sum)
-
-
-@triton.jit
-def _finish_batch(loss, inverse_denominator, loss_sum, weight_sum, partials, tickets, reduction, empty_zero):
-    """The batch's loss and denominator, by the program that comes last."""
-    programs = tl.num_programs(0)
-    program = tl.program_id(0)
-    if reduction == 0:
-        if program == 0:
-            tl.store(inverse_denominator, 1.0)
-    else:
-        tl.store(partials + program, loss_sum)
-        tl.store(partials + programs + program, weight_sum)
-        tl.debug_barrier()  # the ticket is taken by one thread, which has to have seen what the others stored
-        if tl.atomic_add(tickets, 1, sem="acq_rel") == programs - 1:
-            tl.store(tickets, 0)
-            losses = tl.zeros((_PARTIALS,), tl.float64)
-            weights = tl.zeros((_PARTIALS,), tl.float64)
-            for start in range(0, programs, _PARTIALS):
-                one = start + tl.arange(0, _PARTIALS)
-                losses += tl.load(partials + one, mask=one < programs, other=0.0)
-                weights += tl.load(partials + programs + one, mask=one < programs, other=0.0)
-            total = tl.sum(losses)
-            denominator = tl.where(reduction == 1, 1.0, tl.sum(weights))
-            empty = (denominator == 0.0) & (empty_zero != 0)
-            inverse = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, denominator))
-            tl.store(inverse_denominator, inverse)
-            tl.store(loss, tl.where(empty, 0.0, total * inverse))  # 0 * inf is torch's mean over nothing
 
 
 @triton.jit(
@@ -271,11 +180,11 @@ def forward_kernel(
     NOTHING: tl.constexpr = -float("inf")
     # tl.full, since these are float64 to the compiler but Python's floats to the interpreter.
     s = tl.full((), scale, T)
-    s2 = s * _LOG2_E
+    s2 = s * LOG2_E
     all_columns = tile_columns(K, L)
     if ONE:  # every tile has the same classes
         inside = are_classes(all_columns, classes, UNIT, VEC)
-        a, b, w, ws = _tables(weight, class_scale, class_bias, all_columns, inside, T)
+        a, b, w, ws = tables(weight, class_scale, class_bias, all_columns, inside, T)
     blocks = tl.cdiv(inner, R)
     share = tl.cdiv(groups * blocks, tl.num_programs(0))
     first = tl.program_id(0) * share
@@ -289,7 +198,7 @@ def forward_kernel(
         end = K * L if ONE else classes
         if not PROBABILITIES:
             offsets = group.to(tl.int64) * target_group + place.to(tl.int64) * target_row
-            y, ignored, known = _labels(target, offsets, exists, classes, ignore_index)
+            y, ignored, known = labels(target, offsets, exists, classes, ignore_index)
             y = tl.where(known, y, -1).to(tl.int32)
             if not ONE:  # of long rows, what nobody asks for is not read: that is worth waiting for the labels
                 end = tl.where(tl.max((exists & known & ~ignored).to(tl.int32), 0) > 0, classes, 0)
@@ -303,10 +212,10 @@ def forward_kernel(
             columns = start + all_columns
             if not ONE:
                 inside = are_classes(columns, classes, UNIT, VEC)
-                a, b, w, ws = _tables(weight, class_scale, class_bias, columns, inside, T)
+                a, b, w, ws = tables(weight, class_scale, class_bias, columns, inside, T)
             mask = inside & of_rows(exists)
             x = pointers(input, group, place, columns, input_group, input_class, input_row, UNIT, VEC)
-            u = _adjusted(tl.load(x, mask=mask, other=NOTHING).to(T), a, b, class_scale, class_bias)
+            u = adjusted(tl.load(x, mask=mask, other=NOTHING).to(T), a, b, class_scale, class_bias)
             reached = ws
             if not PROBABILITIES:
                 at_label = columns == of_rows(y)
@@ -321,29 +230,29 @@ def forward_kernel(
             if SMOOTHING or PROBABILITIES:
                 below = tl.where(u == NOTHING, float("inf"), of_lanes(reference) - u)
             if SMOOTHING:
-                smooth_total, smooth_distance = _add(smooth_total, smooth_distance, reached, below, rise)
+                smooth_total, smooth_distance = add(smooth_total, smooth_distance, reached, below, rise)
             if PROBABILITIES:
                 t = pointers(target, group, place, columns, target_group, target_class, target_row, UNIT, VEC)
                 t = tl.load(t, mask=mask, other=0.0).to(T)
-                target_total, target_distance = _add(target_total, target_distance, t, below, rise)
+                target_total, target_distance = add(target_total, target_distance, t, below, rise)
                 if weight is not None:
-                    weighted_total, weighted_distance = _add(weighted_total, weighted_distance, w * t, below, rise)
+                    weighted_total, weighted_distance = add(weighted_total, weighted_distance, w * t, below, rise)
             top = higher
 
         # Over the lanes.
         highest = tl.max(top, 1)
         climb = tl.where(top == NOTHING, 0.0, highest[:, None] - top)
-        _put(sums, row, exists, 0, highest, WIDTH)
-        _put(sums, row, exists, 1, tl.sum(total if ONE else total * tl.exp2(-climb * s2), 1), WIDTH)
+        put(sums, row, exists, 0, highest, WIDTH)
+        put(sums, row, exists, 1, tl.sum(total if ONE else total * tl.exp2(-climb * s2), 1), WIDTH)
         if SMOOTHING:
-            _put(sums, row, exists, 2, tl.sum(smooth_total, 1), WIDTH)
-            _put(sums, row, exists, 3, tl.sum(smooth_distance + weighted(smooth_total, climb), 1), WIDTH)
+            put(sums, row, exists, 2, tl.sum(smooth_total, 1), WIDTH)
+            put(sums, row, exists, 3, tl.sum(smooth_distance + weighted(smooth_total, climb), 1), WIDTH)
         if PROBABILITIES:
-            _put(sums, row, exists, 4, tl.sum(target_total, 1), WIDTH)
-            _put(sums, row, exists, 5, tl.sum(target_distance + weighted(target_total, climb), 1), WIDTH)
+            put(sums, row, exists, 4, tl.sum(target_total, 1), WIDTH)
+            put(sums, row, exists, 5, tl.sum(target_distance + weighted(target_total, climb), 1), WIDTH)
             if weight is not None:
-                _put(sums, row, exists, 6, tl.sum(weighted_total, 1), WIDTH)
-                _put(sums, row, exists, 7, tl.sum(weighted_distance + weighted(weighted_total, climb), 1), WIDTH)
+                put(sums, row, exists, 6, tl.sum(weighted_total, 1), WIDTH)
+                put(sums, row, exists, 7, tl.sum(weighted_distance + weighted(weighted_total, climb), 1), WIDTH)
 
     tl.debug_barrier()  # the sums are read by other threads than wrote them
     loss_sum, weight_sum = _finish_rows(
@@ -354,21 +263,10 @@ def forward_kernel(
         tl.full((), z_loss, T), margin, SMOOTHING, WIDTH,
     )  # fmt: skip
     denominator = state + (groups * inner).to(tl.int64) * 4
-    _finish_batch(loss, denominator, loss_sum, weight_sum, partials, tickets, reduction, empty_zero)
+    finish_batch(loss, denominator, loss_sum, weight_sum, partials, tickets, reduction, empty_zero)
 
 
 # --- Backward ---
-
-
-@triton.jit
-def _add_splits(d_class, partials, columns, inside, splits, classes, R: tl.constexpr):
-    """Adds up the sums of all splits, R at a time, in the order of the splits."""
-    total = tl.zeros(columns.shape, tl.float64)
-    for start in range(0, splits, R):
-        split = of_rows(start + tl.arange(0, R))
-        part = tl.load(partials + split.to(tl.int64) * classes + columns, mask=inside & (split < splits), other=0.0)
-        total += tl.sum(part.to(tl.float64), ROW_AXIS, keep_dims=True)
-    tl.store(d_class + columns, total, mask=inside)
 
 
 @triton.jit(
@@ -400,13 +298,13 @@ def backward_kernel(
     splits = tl.num_programs(0) // chunks
     columns = chunk * (K * L) + tile_columns(K, L)
     inside = are_classes(columns, classes, UNIT, VEC)
-    a, b, w, ws = _tables(weight, class_scale, class_bias, columns, inside, T)
+    a, b, w, ws = tables(weight, class_scale, class_bias, columns, inside, T)
     s = tl.full((), scale, T)
     eps = tl.full((), label_smoothing, T)
-    soft = _smoothing_per_class(eps, class_bias, classes, SMOOTHING, T)
+    soft = smoothing_per_class(eps, class_bias, classes, SMOOTHING, T)
     inverse = tl.load(state + (groups * inner).to(tl.int64) * 4)
     if inverse < 0:  # the state of the reference, which keeps nothing there
-        tl.store(error, _FOREIGN_STATE)
+        tl.store(error, FOREIGN_STATE)
         inverse = inverse * float("nan")
     bias_sum = no_logits(K, R, L, T)
     scale_sum = no_logits(K, R, L, T)
@@ -421,15 +319,15 @@ def backward_kernel(
         used = exists
         if not PROBABILITIES:
             offsets = group.to(tl.int64) * target_group + place.to(tl.int64) * target_row
-            y, ignored, known = _labels(target, offsets, exists, classes, ignore_index)
+            y, ignored, known = labels(target, offsets, exists, classes, ignore_index)
             y = tl.where(known, y, -1).to(tl.int32)
             used = exists & ~ignored
         upstream = tl.load(grad + group.to(tl.int64) * grad_group + place.to(tl.int64) * grad_row, mask=used, other=0.0)
         factor = of_rows(tl.where(used, s * inverse * upstream.to(T), 0.0))
-        top = of_rows(_get(state, row, used, 0, 4))
-        probability = of_rows(_get(state, row, used, 1, 4)) * factor
-        smooth = of_rows(_get(state, row, used, 2, 4)) * factor
-        rest = of_rows(_get(state, row, used, 3, 4)) * factor
+        top = of_rows(get(state, row, used, 0, 4))
+        probability = of_rows(get(state, row, used, 1, 4)) * factor
+        smooth = of_rows(get(state, row, used, 2, 4)) * factor
+        rest = of_rows(get(state, row, used, 3, 4)) * factor
 
         # Rows that are ignored are not read but where that would narrow the accesses: e^-inf = 0, whatever they hold.
         mask = inside & of_rows(exists if UNIT == _ROWS else used)
@@ -437,7 +335,7 @@ def backward_kernel(
         x = tl.load(x, mask=mask, other=NOTHING).to(T)
         if UNIT == _ROWS:
             x = tl.where(of_rows(used), x, NOTHING)
-        d = probability * tl.exp2((_adjusted(x, a, b, class_scale, class_bias) - top) * (s * _LOG2_E))
+        d = probability * tl.exp2((adjusted(x, a, b, class_scale, class_bias) - top) * (s * LOG2_E))
         if PROBABILITIES:
             t = pointers(target, group, place, columns, target_group, target_class, target_row, UNIT, VEC)
             t = tl.load(t, mask=mask, other=0.0).to(T)
@@ -470,7 +368,7 @@ def backward_kernel(
         if tl.atomic_add(tickets + chunk, 1, sem="acq_rel") == splits - 1:
             tl.store(tickets + chunk, 0)
             if d_bias is not None:
-                _add_splits(d_bias, partials, columns, inside, splits, classes, R)
+                add_splits(d_bias, partials, columns, inside, splits, classes, R)
             if d_scale is not None:
                 others = partials if d_bias is None else partials + splits.to(tl.int64) * classes
-                _add_splits(d_scale, others, columns, inside, splits, classes, R)
+                add_splits(d_scale, others, columns, inside, splits, classes, R)

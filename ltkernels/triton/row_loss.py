@@ -90,9 +90,56 @@ def focal_terms(ce, rest, gamma, focal_weighted, focal_detached):
 
 
 @triton.jit
+def with_influence(modulation, a, b, ce, rest, norm, alpha, eps, detached):
+    """The factors F, A and B times ``alpha / (2 norm rest + eps)``, which has a derivative of its own."""
+    below = 2.0 * norm * rest + eps
+    factor = alpha / below
+    p = 1.0 - rest
+    slope = ce * modulation * factor * (2.0 * norm * p / below)
+    slope = tl.where((detached != 0) | ~(p > 0), 0.0, slope)
+    return modulation * factor, a * factor, b * factor - slope
+
+
+@triton.jit
+def cosine_and_sine(angle):
+    """Of angles in ``[0, pi]``, by Taylor's series around pi / 2, an argument of at most pi / 2 then.
+
+    ``tl.cos`` is an approximation to 2^-21 in float32. The first term left out, ``(pi/2)^16 / 16!`` (``^26 / 26!``), is
+    less than 1e-10 (1e-21). Half of pi comes in two parts, so that the difference is exact where it is small.
+    """
+    LAST: tl.constexpr = 26 if angle.dtype == tl.float64 else 16
+    if angle.dtype == tl.float64:
+        t = (angle - 1.5707963267948966) - 6.123233995736766e-17
+    else:
+        t = (angle - 1.57079637050628662109375) + 4.37113900018624283e-8
+    square = t * t
+    even = tl.full(angle.shape, 1.0, angle.dtype)
+    odd = even
+    for n in tl.static_range(LAST // 2 - 1):  # powers LAST - 2, LAST - 4, ..., 2, in Horner's scheme
+        even = 1.0 - even * square * (1.0 / ((LAST - 2 * n - 2) * (LAST - 2 * n - 3)))
+        odd = 1.0 - odd * square * (1.0 / ((LAST - 2 * n - 2) * (LAST - 2 * n - 1)))
+    return -t * odd, even
+
+
+@triton.jit
+def arc_cosine(cosine, margin, straight_through):
+    """``cos(acos(c) + m)`` and its slope: csrc/common/row_adjustments.h."""
+    cos_m, sin_m = cosine_and_sine(margin)
+    squared = 1.0 - cosine * cosine
+    flat = ~(squared >= 1e-12)
+    sine = tl.sqrt(tl.where(flat, 1e-12, squared))
+    moved = cosine * cos_m - sine * sin_m
+    slope = tl.where(flat, cos_m, cos_m + cosine / sine * sin_m)
+    past_pi = ~(cosine > -cos_m)
+    slope = tl.where(past_pi | (straight_through != 0), 1.0, slope)
+    return tl.where(past_pi & (straight_through == 0), cosine - margin * sin_m, moved), slope
+
+
+@triton.jit
 def finish_label_row(
     maximum, others, at_label, label_distance, smooth_distance, smooth_total, weight, smooth_weight, row_weight,
     label_smoothing, smoothing_per_class, gamma, z_loss, focal_weighted, focal_detached,
+    norm=None, influence_alpha=1.0, influence_eps=0.0,
 ):  # fmt: skip
     """Loss of rows with labels, and their state after the maximum: r P / sum, r A, dl/du_y. See the header."""
     total = others + at_label
@@ -108,6 +155,10 @@ def finish_label_row(
     ce = weighted(hard, nll)
     ce = tl.where(soft > 0, ce + soft * (smooth_total * log_sum + smooth_distance), ce)
     modulation, a, b = focal_terms(ce, rest, gamma, focal_weighted, focal_detached)
+    if norm is not None:
+        modulation, a, b = with_influence(
+            modulation, a, b, ce, rest, norm, influence_alpha, influence_eps, focal_detached
+        )  # fmt: skip
     spread = a * soft * smooth_total + 2.0 * z_loss * lse  # P minus the label's own part of it
     own = a * hard + b
     probability = row_weight * (own + spread) / total

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ltkernels.triton import Variant, tiles
+from ltkernels.triton.philox import high, philox, wide
 
 _DRAWS, _CLASS_ORDERS, _MEMBER_ORDERS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # csrc/common/philox.h
 _ROUNDS, _SMALL = tl.constexpr(12), tl.constexpr(16)  # csrc/common/permutation.h
@@ -25,27 +26,16 @@ _DRAWN, _DEALT = (512, 4), (64, 1)  # positions and warps of a program
 
 
 @triton.jit
-def _high(x):
-    return (x >> 32).to(tl.uint32)
-
-
-@triton.jit
-def _wide(x):
-    """So that a product of two has all its 64 bits: one instruction."""
-    return x.to(tl.uint32).to(tl.uint64)
-
-
-@triton.jit
 def _joined(high, low):
-    return (_wide(high) << 32) | _wide(low)
+    return (wide(high) << 32) | wide(low)
 
 
 @triton.jit
 def _multiply_high(a, n):
     """The high 64 bits of the product of uint64."""
-    of_high, of_low = _wide(_high(a)) * _wide(n), _wide(a) * _wide(_high(n))
-    middle = _wide(of_high) + _wide(of_low) + _wide(_high(_wide(a) * _wide(n)))
-    return _wide(_high(a)) * _wide(_high(n)) + (of_high >> 32) + (of_low >> 32) + (middle >> 32)
+    of_high, of_low = wide(high(a)) * wide(n), wide(a) * wide(high(n))
+    middle = wide(of_high) + wide(of_low) + wide(high(wide(a) * wide(n)))
+    return wide(high(a)) * wide(high(n)) + (of_high >> 32) + (of_low >> 32) + (middle >> 32)
 
 
 @triton.jit
@@ -56,19 +46,6 @@ def _quotient(a, n):
     else:
         quotient = a // n
     return quotient
-
-
-@triton.jit
-def _philox(position, epoch, STREAM: tl.constexpr, seed):
-    """A block of Philox4x32-10: four vectors of uint32, of the shape of ``position``."""
-    c0, c1 = position.to(tl.uint32), _high(position)
-    c2, c3 = tl.zeros_like(c0) + epoch, tl.zeros_like(c0) + STREAM
-    k0, k1 = seed.to(tl.uint32), _high(seed)
-    for _ in tl.static_range(10):
-        even, odd = _wide(c0) * 0xD2511F53, _wide(c2) * 0xCD9E8D57
-        c0, c1, c2, c3 = _high(odd) ^ c1 ^ k0, odd.to(tl.uint32), _high(even) ^ c3 ^ k1, even.to(tl.uint32)
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -108,7 +85,7 @@ def _permuted_many(x, n, r0, r1, r2, r3):
             shift = turn // 2 * 0x9E3779B9 & 0xFFFFFFFF
             high ^= _mixed_bits(low, (r0 if turn % 2 == 0 else r2) + shift, high_bits)
             low ^= _mixed_bits(high, (r1 if turn % 2 == 0 else r3) + shift, low_bits)
-        landed = ((_wide(high) << low_bits.to(tl.uint64)) | _wide(low)).to(tl.int64)
+        landed = ((wide(high) << low_bits.to(tl.uint64)) | wide(low)).to(tl.int64)
         x = tl.where(inside, x, landed)
         inside = inside | (landed < n)
     return x
@@ -167,9 +144,9 @@ def draw_kernel(
 ):  # fmt: skip
     """Classes by an alias table, or all alike; members with replacement."""
     epoch, position = _positions(start_at, epoch_at, epoch, start, step, count, BLOCK)
-    r0, r1, r2, r3 = _philox(position, epoch, _DRAWS, tl.full((), seed, tl.int64))
-    columns = _wide(tl.full((), classes, tl.int32))
-    point = _wide(r0) * columns + (_wide(r1) * columns >> 32)
+    r0, r1, r2, r3 = philox(position, epoch, _DRAWS, tl.full((), seed, tl.int64))
+    columns = wide(tl.full((), classes, tl.int32))
+    point = wide(r0) * columns + (wide(r1) * columns >> 32)
     drawn = (point >> 32).to(tl.int64)
     if alias_table is not None:
         entry = tl.load(alias_table + drawn)
@@ -201,7 +178,7 @@ def deal_kernel(
     if slots is not None:
         first += tl.load(slots + 4 * place)
         size = tl.load(slots + 4 * place + 1).to(tl.int64)
-    r0, r1, r2, r3 = _philox(turn * groups + first, epoch, _CLASS_ORDERS, seed)
+    r0, r1, r2, r3 = philox(turn * groups + first, epoch, _CLASS_ORDERS, seed)
     dealt = first + _permuted(place - first, size, r0, r1, r2, r3)
     if slots is not None:
         slot = dealt
@@ -213,7 +190,7 @@ def deal_kernel(
     if DISTINCT:
         length = tl.where(size >= draws, _quotient(size, draws) * draws, size)
     cycle = _quotient(ordinal, tl.maximum(length, 1))
-    r0, r1, r2, r3 = _philox((dealt << 32) | (cycle & 0xFFFFFFFF), epoch, _MEMBER_ORDERS, seed)
+    r0, r1, r2, r3 = philox((dealt << 32) | (cycle & 0xFFFFFFFF), epoch, _MEMBER_ORDERS, seed)
     at = _permuted(ordinal - cycle * length, size, r0, r1, r2, r3)
     _store_samples(out, offsets, members, dealt, size, at, count, BLOCK)
 
