@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ltkernels.ops.options import Reduction
 from ltkernels.triton import cross_entropy as triton_cross_entropy
 from ltkernels.triton import lade as triton_lade
+from ltkernels.triton import row_cross_entropy as triton_row_cross_entropy
 from ltkernels.triton import sampling as triton_sampling
 from ltkernels.triton import tiles
 
@@ -68,6 +69,12 @@ def test_binary_cross_entropy() -> None:
     long = "(long_rows and (5003 or 1025 or drop)) or (forms and (fraction or clip or suppression)) or every_second"
     of_the_machinery = "double_backward or compiled"
     _interpret("test_binary_cross_entropy.py", "-k", f"triton and not ({long} or {of_the_machinery})")
+
+
+def test_row_cross_entropy() -> None:
+    limits = "masked or ignored or nan_in or large_margins or nothing or inner_dim"
+    values = "(test_types and bfloat16) or (denominators and gate) or upstreams"
+    _interpret("test_row_cross_entropy.py", "-k", f"triton and ({limits} or {values})")
 
 
 # --- What launches them, which needs no kernel ---
@@ -219,7 +226,7 @@ def test_programs_share_tiles_evenly() -> None:
 
 
 def test_every_variant_has_a_name_of_its_own() -> None:
-    for module in (triton_cross_entropy, triton_sampling, triton_lade):
+    for module in (triton_cross_entropy, triton_sampling, triton_lade, triton_row_cross_entropy):
         variants = module.variants()
         assert len({variant.name for variant in variants}) == len(variants)
         for variant in variants:

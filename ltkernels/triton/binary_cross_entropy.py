@@ -29,6 +29,11 @@ _TENSORS, _SCALARS = 9, len(BinaryCrossEntropyOptions._fields)
 _HEAVY = True  # of every logit two terms are kept: a tile of half the size fills the registers
 
 
+def _logits(bytes_a_logit: int) -> int:
+    """Of a tile: powers and logarithms take registers too, those of float64 so many that one logit a thread is left."""
+    return tiles.LOGITS // (8 if bytes_a_logit == 8 else 2)
+
+
 def _numbers(options: BinaryCrossEntropyOptions) -> tuple[Any, ...]:
     """What all kernels take behind sizes and strides."""
     return (
@@ -58,12 +63,12 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, None]:
     at, counted = (memory(input), memory(target)), multiprocessors(device)
     numbers, constants = _numbers(options), _compiled_for(target, options)
     if options.column_sums:
-        plan = plan_backward(shape, *at, None, (), 2, _HEAVY, counted, tiles.LOGITS)
+        plan = plan_backward(shape, *at, None, (), 2, _HEAVY, counted, _logits(input.element_size()))
         launch(
             columns_kernel, plan, device, *tensors, state, state.new_empty(plan.partials),
             gpu.tickets(device, plan.tickets), *plan.numbers[:9], *numbers, *constants,
         )  # fmt: skip
-    plan = plan_forward(shape, *at, _HEAVY, counted, tiles.LOGITS)
+    plan = plan_forward(shape, *at, _HEAVY, counted, _logits(input.element_size()))
     loss = state.new_empty((shape[0], *shape[2:]) if options.reduction == Reduction.NONE else ())
     launch(
         rows_kernel, plan, device, *tensors, loss, state[-1:],
@@ -88,7 +93,7 @@ def backward(grad: Tensor, state: Tensor, *arguments: Any) -> tuple[Tensor]:
     d_input = input if inplace else torch.empty_like(input)
     plan = plan_backward(
         input.shape, memory(input), memory(target), memory(d_input), grad.stride(), 0, _HEAVY, multiprocessors(device),
-        tiles.LOGITS,
+        _logits(input.element_size()),
     )  # fmt: skip
     launch(
         backward_kernel, plan, device, grad, state[-1:], *tensors, d_input, gpu.error_word(device), *plan.numbers,
@@ -121,13 +126,19 @@ def _variant(
     types |= dict.fromkeys(given, computed)
     kernel: Any
     if way == "rows":
-        kernel, plan = rows_kernel, plan_forward(shape, input, target, _HEAVY, 132, tiles.LOGITS)
+        kernel, plan = rows_kernel, plan_forward(shape, input, target, _HEAVY, 132, _logits(dtype.itemsize))
         types["partials"] = "*fp64"
     elif way == "columns":
-        kernel, plan = columns_kernel, plan_backward(shape, input, target, None, (), 2, _HEAVY, 132, tiles.LOGITS)
+        kernel, plan = (
+            columns_kernel,
+            plan_backward(shape, input, target, None, (), 2, _HEAVY, 132, _logits(dtype.itemsize)),
+        )
         types["partials"] = computed
     else:
-        kernel, plan = backward_kernel, plan_backward(shape, input, target, input, (), 0, _HEAVY, 132, tiles.LOGITS)
+        kernel, plan = (
+            backward_kernel,
+            plan_backward(shape, input, target, input, (), 0, _HEAVY, 132, _logits(dtype.itemsize)),
+        )
         types["d_input"] = POINTERS[dtype]
     types = {key: kind for key, kind in types.items() if key in kernel.arg_names}
     name = f"{way}_{method}<{str(dtype)[6:]}, {classes}>"

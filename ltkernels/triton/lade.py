@@ -72,7 +72,7 @@ def forward(
         )  # fmt: skip
     else:
         state.zero_()
-    plan = plan_forward(shape, *at, False, counted, _logits())
+    plan = plan_forward(shape, *at, True, counted, _logits())
     launch(
         rows_kernel, plan, device, input, target, class_bias, loss, state,
         torch.empty(plan.partials, dtype=torch.float64, device=device), sums, gpu.tickets(device),
@@ -127,7 +127,7 @@ def _variant(way: str, dtype: torch.dtype, classes: int, given: tuple[str, ...] 
     kernel: Any
     flags: tuple[bool, ...]
     if way == "rows":
-        kernel, flags, plan = rows_kernel, (True,), plan_forward(shape, input, target, False, 132, _logits())
+        kernel, flags, plan = rows_kernel, (True,), plan_forward(shape, input, target, True, 132, _logits())
         types["partials"] = "*fp64"
     elif way == "columns":
         kernel, flags = columns_kernel, ()

@@ -21,6 +21,7 @@ from ltkernels.triton.row_cross_entropy_kernels import backward_kernel, forward_
 
 _Optional = Tensor | None
 _HEAVY = True  # what is kept of every logit: a tile of half the size fills the registers
+_LOGITS = tiles.LOGITS // 2  # of a forward, which keeps both labels' sums too: with more, some variants spill
 
 
 def _number(name: str, value: _Optional, count: int) -> tuple[float, _Optional]:
@@ -69,7 +70,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, None]:
     device, shape = input.device, input.shape
     target, second_target = _two_labels(target, second_target, lam)
     _check_pair(pair, pair_step, second_target is not None, shape[1], options.pair_term)
-    plan = plan_forward(shape, memory(input), memory(target), _HEAVY, multiprocessors(device), tiles.LOGITS)
+    plan = plan_forward(shape, memory(input), memory(target), _HEAVY, multiprocessors(device), _LOGITS)
     state = new_state(tensors, options)
     row_shape = (shape[0], *shape[2:])
     loss = torch.empty(row_shape if options.reduction == Reduction.NONE else (), dtype=state.dtype, device=device)
@@ -155,7 +156,7 @@ def _variant(
         types["second_target"] = "*i64"
     kernel: Any
     if name.startswith("forward"):
-        kernel, plan = forward_kernel, plan_forward(shape, input, target, _HEAVY, 132, tiles.LOGITS)
+        kernel, plan = forward_kernel, plan_forward(shape, input, target, _HEAVY, 132, _LOGITS)
         types |= {"partials": "*fp64", "loss": computed}
     else:
         kernel, plan = backward_kernel, plan_backward(shape, input, target, input, (), sums, _HEAVY, 132, tiles.LOGITS)
