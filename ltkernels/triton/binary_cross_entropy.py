@@ -29,9 +29,13 @@ _TENSORS, _SCALARS = 9, len(BinaryCrossEntropyOptions._fields)
 _HEAVY = True  # of every logit two terms are kept: a tile of half the size fills the registers
 
 
-def _logits(bytes_a_logit: int) -> int:
-    """Of a tile: powers and logarithms take registers too, those of float64 so many that one logit a thread is left."""
-    return tiles.LOGITS // (8 if bytes_a_logit == 8 else 2)
+def _logits(bytes_a_logit: int, compiled: tuple[bool, ...]) -> int:
+    """Of a tile: powers and logarithms take registers too, in float64 so many that one logit a thread is left.
+
+    ``compiled`` is what :func:`_compiled_for` says.
+    """
+    powers = compiled[1] or compiled[2]
+    return tiles.LOGITS // ((8 if bytes_a_logit == 8 else 2) if powers else 1)
 
 
 def _numbers(options: BinaryCrossEntropyOptions) -> tuple[Any, ...]:
@@ -63,12 +67,12 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, None]:
     at, counted = (memory(input), memory(target)), multiprocessors(device)
     numbers, constants = _numbers(options), _compiled_for(target, options)
     if options.column_sums:
-        plan = plan_backward(shape, *at, None, (), 2, _HEAVY, counted, _logits(input.element_size()))
+        plan = plan_backward(shape, *at, None, (), 2, _HEAVY, counted, _logits(input.element_size(), constants))
         launch(
             columns_kernel, plan, device, *tensors, state, state.new_empty(plan.partials),
             gpu.tickets(device, plan.tickets), *plan.numbers[:9], *numbers, *constants,
         )  # fmt: skip
-    plan = plan_forward(shape, *at, _HEAVY, counted, _logits(input.element_size()))
+    plan = plan_forward(shape, *at, _HEAVY, counted, _logits(input.element_size(), constants))
     loss = state.new_empty((shape[0], *shape[2:]) if options.reduction == Reduction.NONE else ())
     launch(
         rows_kernel, plan, device, *tensors, loss, state[-1:],
@@ -91,13 +95,14 @@ def backward(grad: Tensor, state: Tensor, *arguments: Any) -> tuple[Tensor]:
         return (state.new_empty(0),)
     device = input.device
     d_input = input if inplace else torch.empty_like(input)
+    constants = _compiled_for(target, options)
     plan = plan_backward(
         input.shape, memory(input), memory(target), memory(d_input), grad.stride(), 0, _HEAVY, multiprocessors(device),
-        _logits(input.element_size()),
+        _logits(input.element_size(), constants),
     )  # fmt: skip
     launch(
         backward_kernel, plan, device, grad, state[-1:], *tensors, d_input, gpu.error_word(device), *plan.numbers,
-        *_numbers(options), *_compiled_for(target, options),
+        *_numbers(options), *constants,
     )  # fmt: skip
     return (d_input,)
 
@@ -126,18 +131,18 @@ def _variant(
     types |= dict.fromkeys(given, computed)
     kernel: Any
     if way == "rows":
-        kernel, plan = rows_kernel, plan_forward(shape, input, target, _HEAVY, 132, _logits(dtype.itemsize))
+        kernel, plan = rows_kernel, plan_forward(shape, input, target, _HEAVY, 132, _logits(dtype.itemsize, flags))
         types["partials"] = "*fp64"
     elif way == "columns":
         kernel, plan = (
             columns_kernel,
-            plan_backward(shape, input, target, None, (), 2, _HEAVY, 132, _logits(dtype.itemsize)),
+            plan_backward(shape, input, target, None, (), 2, _HEAVY, 132, _logits(dtype.itemsize, flags)),
         )
         types["partials"] = computed
     else:
         kernel, plan = (
             backward_kernel,
-            plan_backward(shape, input, target, input, (), 0, _HEAVY, 132, _logits(dtype.itemsize)),
+            plan_backward(shape, input, target, input, (), 0, _HEAVY, 132, _logits(dtype.itemsize, flags)),
         )
         types["d_input"] = POINTERS[dtype]
     types = {key: kind for key, kind in types.items() if key in kernel.arg_names}

@@ -21,7 +21,7 @@ from ltkernels.triton.row_cross_entropy_kernels import backward_kernel, forward_
 
 _Optional = Tensor | None
 _HEAVY = True  # what is kept of every logit: a tile of half the size fills the registers
-_LOGITS = tiles.LOGITS // 2  # of a forward, which keeps both labels' sums too: with more, some variants spill
+_LOGITS = tiles.LOGITS // 4  # of a forward, which keeps both labels' sums too: with more, some variants spill
 
 
 def _number(name: str, value: _Optional, count: int) -> tuple[float, _Optional]:
