@@ -16,6 +16,9 @@ from ltkernels.bench import report
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = {
     "cross_entropy": ("figures", "cpu.jsonl", ""),
+    "row_cross_entropy": ("rows", "cpu-rows.jsonl", " --op row_cross_entropy"),
+    "lade": ("lade", "cpu-lade.jsonl", " --op lade"),
+    "binary_cross_entropy": ("binary", "cpu-binary.jsonl", " --op binary_cross_entropy"),
     "sampling": ("sampling", "cpu-sampling.jsonl", " --op sampling"),
 }
 """For each op: its markers in README.md, its result file and what chooses it on the command line."""

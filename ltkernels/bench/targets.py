@@ -113,7 +113,7 @@ def _speed(record: Record) -> Iterator[Line]:
             yield Line(f"{variant}: time of {base}", scenario, threads, ratio[base], limits[scenario])
     if scenario == SMALL_BATCH:
         yield Line(f"{variant}: time of {peers.EMPTY} (floor)", scenario, threads, ratio[peers.EMPTY], None)
-    if scenario == COPY_BATCH:
+    if scenario == COPY_BATCH and record["op"] == "cross_entropy":
         what = f"{variant}: time of {peers.CLONE}, {record['memory']} memory"
         yield Line(what, scenario, threads, ratio[peers.CLONE], COPY_LIMITS.get(threads))
 
