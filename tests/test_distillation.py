@@ -360,6 +360,7 @@ ERRORS: list[tuple[type[Exception], str, tuple[Any, Any], dict[str, Any]]] = [
     (IndexError, r"target: expected labels in \[0, 3\)", (Z, Z), {"target": torch.tensor([0, 3])}),
     (TypeError, "class_mask: expected torch.bool, found torch.float32", (Z, Z), {"class_mask": torch.ones(3)}),
     (ValueError, r"class_mask: expected shape \(3,\)", (Z, Z), {"class_mask": torch.ones(4).bool()}),
+    (ValueError, "class_mask: expected a class that takes part", (Z, Z), {"class_mask": torch.zeros(3).bool()}),
     (ValueError, r"teacher_bias: expected shape \(3,\)", (Z, Z), {"teacher_bias": torch.ones(4)}),
     (ValueError, "student_bias: expected finite", (Z, Z), {"student_bias": torch.tensor([0.0, math.inf, 0.0])}),
     (ValueError, "sample_weight: expected finite values >= 0", (Z, Z), {"sample_weight": torch.tensor([1.0, -1.0])}),

@@ -137,6 +137,8 @@ def _masked(bias: Tensor | None, class_mask: Tensor, logits: Tensor) -> Tensor:
             f"class_mask: expected shape ({logits.shape[1]},) on {logits.device}, found {tuple(class_mask.shape)} on"
             f" {class_mask.device}"
         )
+    if class_mask.is_cpu and arg.may_look(class_mask) and not bool(class_mask.any()):
+        raise ValueError("class_mask: expected a class that takes part, found none")
     if bias is None:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         bias = torch.zeros(logits.shape[1], dtype=dtype, device=logits.device)
