@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cross_entropy_cases import GPU_BACKENDS, LAYOUTS, Form, each_checking_form, each_form, relative_error
+from cross_entropy_cases import FORMS, GPU_BACKENDS, LAYOUTS, Form, each_checking_form, each_form, relative_error
 from torch import Tensor
 
 import ltkernels as ltk
@@ -372,11 +372,19 @@ def test_threads_do_not_change_a_bit(threads: Any) -> None:
 
 # --- The machinery ---
 
+# It is the same for all backends, and emulated kernels take long.
+each_form_of_machinery = pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(f, id=str(f), marks=[] if f.device == "cpu" else [pytest.mark.gpu])
+        for f in FORMS
+        if not (EMULATED and f.backend in GPU_BACKENDS)
+    ],
+)
 
-@each_form
+
+@each_form_of_machinery
 def test_double_backward_and_functional_transforms(form: Form) -> None:
-    if EMULATED and form.backend in GPU_BACKENDS:
-        pytest.skip("the machinery is the same for all backends")
     x, y = a_batch(6, 5)
     x = (x * 0.5 + 0.01).to(form.device)
     y = y.to(form.device)
@@ -395,10 +403,8 @@ def test_double_backward_and_functional_transforms(form: Form) -> None:
             assert torch.autograd.grad(bce(x, y, pos_weight=pos, **o), pos)[0].abs().sum() > 0
 
 
-@each_form
+@each_form_of_machinery
 def test_compiled_in_one_graph(form: Form) -> None:
-    if form.instruction_set == "portable" or (EMULATED and form.backend in GPU_BACKENDS):
-        pytest.skip("one is enough")
     x, y = a_batch(6, 5)
     x, y = x.float().to(form.device).requires_grad_(), y.to(form.device)
 

@@ -141,10 +141,6 @@ Tensor backward(const LadeArguments& a, const Tensor& grad, const Tensor& state,
   return d_input;
 }
 
-Tensor at_unit_stride(const Tensor& labels) {
-  return labels.is_contiguous() ? labels : torch::stable::contiguous(labels);
-}
-
 std::tuple<Tensor, Tensor, Tensor> lade_forward(Tensor input, Tensor target, Tensor prior, OptionalTensor class_bias,
                                                 OptionalTensor class_offset, OptionalTensor row_offset,
                                                 int64_t ignore_index, int64_t, double remine_lambda, double weight,

@@ -120,6 +120,11 @@ struct Prepared {
   int64_t grain() const { return std::max<int64_t>(1, 32768 / call.classes); }
 };
 
+// Labels as the kernels read them.
+inline Tensor at_unit_stride(const Tensor& labels) {
+  return labels.is_contiguous() ? labels : torch::stable::contiguous(labels);
+}
+
 // Any upstream gradient: one value, or one a row with any strides (expanded, sliced).
 template <class T>
 std::vector<T> upstream_of(const Tensor& input, const Tensor& grad) {

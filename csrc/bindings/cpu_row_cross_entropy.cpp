@@ -197,10 +197,6 @@ Gradients<Tensor> backward(const RowArguments& a, const Tensor& grad, const Tens
   return {d_input, d_scale, d_bias, d_gate};
 }
 
-Tensor at_unit_stride(const Tensor& labels) {
-  return labels.is_contiguous() ? labels : torch::stable::contiguous(labels);
-}
-
 std::tuple<Tensor, Tensor, Tensor> row_cross_entropy_forward(LTK_ROW_CROSS_ENTROPY_PARAMETERS, bool with_gradient) {
   target = at_unit_stride(target);
   if (second_target) second_target = at_unit_stride(*second_target);

@@ -7,6 +7,7 @@
 
 #include "bindings/cross_entropy_arguments.h"
 #include "bindings/cuda_place.h"
+#include "bindings/cuda_types.h"
 #include "cuda/cross_entropy.h"
 
 namespace {
@@ -115,23 +116,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Arguments& a, const Tensor& gr
   }
   if (need_input || need_scale || need_bias) check(ltk::cuda::backward<E, T>(call, place.stream()));
   return {d_input, d_scale, d_bias};
-}
-
-// run(E{}, T{}) with the types that the logits have and that are computed with.
-template <class Run>
-auto with_types(const Tensor& input, Run run) {
-  switch (input.scalar_type()) {
-    case ScalarType::Double:
-      return run(static_cast<double*>(nullptr), double{});
-    case ScalarType::Float:
-      return run(static_cast<float*>(nullptr), float{});
-    case ScalarType::BFloat16:
-      return run(static_cast<ltk::cuda::BFloat16*>(nullptr), float{});
-    case ScalarType::Half:
-      return run(static_cast<ltk::cuda::Float16*>(nullptr), float{});
-    default:
-      fail("expected floating logits");
-  }
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, OptionalTensor weight,

@@ -4,6 +4,7 @@
 
 #include "bindings/binary_cross_entropy_arguments.h"
 #include "bindings/cuda_place.h"
+#include "bindings/cuda_types.h"
 #include "cuda/binary_cross_entropy.h"
 
 namespace {
@@ -90,23 +91,6 @@ Tensor backward(const BinaryArguments& a, const Tensor& grad, const Tensor& stat
   call.gradient_layout = layout(d_input);
   check(ltk::cuda::binary_backward<E, T>(call, place.stream()));
   return d_input;
-}
-
-// run(E*, T{}) with the types that the logits have and that are computed with.
-template <class Run>
-auto with_types(const Tensor& input, Run run) {
-  switch (input.scalar_type()) {
-    case ScalarType::Double:
-      return run(static_cast<double*>(nullptr), double{});
-    case ScalarType::Float:
-      return run(static_cast<float*>(nullptr), float{});
-    case ScalarType::BFloat16:
-      return run(static_cast<ltk::cuda::BFloat16*>(nullptr), float{});
-    case ScalarType::Half:
-      return run(static_cast<ltk::cuda::Float16*>(nullptr), float{});
-    default:
-      fail("expected floating logits");
-  }
 }
 
 std::tuple<Tensor, Tensor> binary_cross_entropy_forward(LTK_BINARY_CROSS_ENTROPY_PARAMETERS, Tensor tickets,

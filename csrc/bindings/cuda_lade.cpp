@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "bindings/cuda_place.h"
+#include "bindings/cuda_types.h"
 #include "bindings/lade_arguments.h"
 #include "cuda/lade.h"
 
@@ -75,23 +76,6 @@ Tensor backward(const LadeArguments& a, const Tensor& grad, const Tensor& state,
   call.gradient_layout = layout(d_input);
   check(ltk::cuda::lade_backward<E, T>(call, place.stream()));
   return d_input;
-}
-
-// run(E*, T{}) with the types that the logits have and that are computed with.
-template <class Run>
-auto with_types(const Tensor& input, Run run) {
-  switch (input.scalar_type()) {
-    case ScalarType::Double:
-      return run(static_cast<double*>(nullptr), double{});
-    case ScalarType::Float:
-      return run(static_cast<float*>(nullptr), float{});
-    case ScalarType::BFloat16:
-      return run(static_cast<ltk::cuda::BFloat16*>(nullptr), float{});
-    case ScalarType::Half:
-      return run(static_cast<ltk::cuda::Float16*>(nullptr), float{});
-    default:
-      fail("expected floating logits");
-  }
 }
 
 std::tuple<Tensor, Tensor> lade_forward(Tensor input, Tensor target, Tensor prior, OptionalTensor class_bias,

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "bindings/cuda_place.h"
+#include "bindings/cuda_types.h"
 #include "bindings/row_cross_entropy_arguments.h"
 #include "cuda/row_cross_entropy.h"
 
@@ -151,23 +152,6 @@ Gradients backward(const RowArguments& a, const Tensor& grad, const Tensor& stat
   }
   if (need_input || need_scale || need_bias || need_gate) check(ltk::cuda::row_backward<E, T>(call, place.stream()));
   return {d_input, d_scale, d_bias, d_gate};
-}
-
-// run(E*, T{}) with the types that the logits have and that are computed with.
-template <class Run>
-auto with_types(const Tensor& input, Run run) {
-  switch (input.scalar_type()) {
-    case ScalarType::Double:
-      return run(static_cast<double*>(nullptr), double{});
-    case ScalarType::Float:
-      return run(static_cast<float*>(nullptr), float{});
-    case ScalarType::BFloat16:
-      return run(static_cast<ltk::cuda::BFloat16*>(nullptr), float{});
-    case ScalarType::Half:
-      return run(static_cast<ltk::cuda::Float16*>(nullptr), float{});
-    default:
-      fail("expected floating logits");
-  }
 }
 
 std::tuple<Tensor, Tensor> row_cross_entropy_forward(LTK_ROW_CROSS_ENTROPY_PARAMETERS, Tensor tickets,
