@@ -44,7 +44,13 @@ def options_of(classes: int, rows: tuple[int, ...], dtype: torch.dtype) -> dict[
         "kd": {"T": 2.0},
         "kd and labels": {"T": 1.5, "target": labels(*rows, classes=classes), "ce_weight": 0.7},
         "balanced": {"T": 2.0, "teacher_bias": torch.rand(classes).add(0.1).log().to(compute), "alpha": 0.5},
-        "power": {"T": 2.0, "teacher_T": 4.0, "alpha": 0.5, "target": labels(*rows, classes=classes)},
+        "power": {
+            "T": 2.0,
+            "teacher_T": 4.0,
+            "alpha": 0.5,
+            "target": labels(*rows, classes=classes),
+            "class_bias": torch.randn(classes, dtype=torch.float64).to(compute),
+        },
         "experts": {"T": 2.0, "class_mask": mask, "temperature_scale": False},
         "biases": {
             "student_bias": torch.randn(classes).to(compute),
@@ -117,6 +123,15 @@ def test_dive_raises_the_teachers_probabilities_to_a_power() -> None:
     q = q / q.sum(1, keepdim=True)
     kl = F.kl_div(F.log_softmax(z / 3.0, 1), q, reduction="batchmean")
     torch.testing.assert_close(ours, 0.3 * 9.0 * kl + 0.7 * F.cross_entropy(z, y))
+
+
+def test_balanced_softmax_beside_a_teacher() -> None:
+    z, t, y = logits(6, 5), logits(6, 5), torch.randint(0, 5, (6,))
+    bias = torch.tensor([900.0, 90.0, 9.0, 5.0, 1.0], dtype=torch.float64).log()
+    with ltk.use_backend("reference"):
+        ours = distillation_loss(z, t, target=y, class_bias=bias)
+        alone = ltk.functional.cross_entropy(z, y, class_bias=bias)
+    torch.testing.assert_close(ours, distillation_loss(z, t) + alone)
 
 
 def test_lfme_distils_a_subset_of_the_classes() -> None:
@@ -209,6 +224,29 @@ def test_a_class_that_only_the_student_rules_out_is_infinite(form: Form) -> None
 
 
 @each_checking_form
+def test_what_has_no_weight_adds_nothing(form: Form) -> None:
+    infinite, t = torch.tensor([[1.0, -math.inf]]), torch.zeros(1, 2)
+    with form.use():
+        for options in ({"alpha": 0.0}, {"sample_weight": torch.zeros(1)}):
+            assert float(distillation_loss(infinite, t, **options)) == 0.0
+        y = torch.tensor([1])
+        plain = distillation_loss(torch.zeros(1, 2), t, target=y, ce_weight=0.0)
+        assert float(plain) == 0.0
+        out = distillation_loss(infinite, infinite, target=y, ce_weight=0.0)  # the label is ruled out, its weight is 0
+        assert float(out) == 0.0
+        assert float(distillation_loss(infinite, infinite, target=y)) == math.inf
+
+
+@each_checking_form
+def test_an_absent_class_takes_no_part_in_the_cross_entropy(form: Form) -> None:
+    z, t, y = logits(6, 5), logits(6, 5), torch.tensor([0, 1, 2, 3, 0, 1])
+    bias = torch.tensor([0.5, 0.0, 1.0, 0.0, -math.inf], dtype=torch.float64)
+    loss, gradient = evaluate(form, z, t, target=y, class_bias=bias, alpha=0.0)
+    torch.testing.assert_close(loss, F.cross_entropy((z + bias)[:, :4], y), rtol=1e-6, atol=1e-6)
+    assert torch.equal(gradient[:, 4], torch.zeros(6, dtype=torch.float64))
+
+
+@each_checking_form
 def test_nan_empty_ignored(form: Form) -> None:
     with form.use():
         for side in range(2):
@@ -272,7 +310,7 @@ def test_torch_func_and_second_backward(name: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_opcheck(backend: str) -> None:
     z, t = logits(4, 5, dtype=torch.float32).requires_grad_(), logits(4, 5, dtype=torch.float32)
-    tensors = (z, t, labels(4, classes=5), None, torch.zeros(5), torch.rand(4))
+    tensors = (z, t, labels(4, classes=5), None, torch.zeros(5), torch.randn(5), torch.rand(4))
     with ltk.use_backend(backend):
         for reduction in (0, 1, 3):
             torch.library.opcheck(op.OP.forward, (*tensors, *DistillationOptions(reduction=reduction)))
@@ -362,6 +400,19 @@ ERRORS: list[tuple[type[Exception], str, tuple[Any, Any], dict[str, Any]]] = [
     (ValueError, r"class_mask: expected shape \(3,\)", (Z, Z), {"class_mask": torch.ones(4).bool()}),
     (ValueError, "class_mask: expected a class that takes part", (Z, Z), {"class_mask": torch.zeros(3).bool()}),
     (ValueError, r"teacher_bias: expected shape \(3,\)", (Z, Z), {"teacher_bias": torch.ones(4)}),
+    (ValueError, "class_bias: expected a target with it", (Z, Z), {"class_bias": torch.zeros(3)}),
+    (
+        ValueError,
+        r"class_bias: expected shape \(3,\)",
+        (Z, Z),
+        {"target": torch.zeros(2).long(), "class_bias": torch.zeros(4)},
+    ),
+    (
+        ValueError,
+        "target: .* class 1",
+        (Z, Z),
+        {"target": torch.ones(2).long(), "class_bias": torch.tensor([0.0, -math.inf, 0.0])},
+    ),
     (ValueError, "student_bias: expected finite", (Z, Z), {"student_bias": torch.tensor([0.0, math.inf, 0.0])}),
     (ValueError, "sample_weight: expected finite values >= 0", (Z, Z), {"sample_weight": torch.tensor([1.0, -1.0])}),
 ]

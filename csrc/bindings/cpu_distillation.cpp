@@ -39,10 +39,11 @@ struct DistillationPrepared {
     }
     call.student_scale = T(a.student_scale);
     call.teacher_scale = T(a.teacher_scale);
-    if (a.student_bias || a.teacher_bias) {
+    if (a.student_bias || a.teacher_bias || a.class_bias) {
       no_bias.resize(call.classes);
       call.student_bias = bias("student_bias", a.student_bias);
       call.teacher_bias = bias("teacher_bias", a.teacher_bias);
+      call.class_bias = bias("class_bias", a.class_bias);
     }
     call.row_weight = data<T>(a.sample_weight);
     if (call.row_weight != nullptr) check_finite<T>("sample_weight", call.row_weight, call.rows, T(0));
@@ -57,7 +58,7 @@ struct DistillationPrepared {
     return values;
   }
 
-  // Refuses labels that are out of range; returns how many rows have one.
+  // Refuses labels that are out of range or of an absent class; returns how many rows have one.
   int64_t count_labels() const {
     int64_t count = 0;
     for (int64_t row = 0; call.target != nullptr && row < call.rows; ++row) {
@@ -65,6 +66,8 @@ struct DistillationPrepared {
       const bool beyond = call.target_type == ltk::ElementType::u64 && y < 0;  // 2^63 or more
       if (y == call.ignore_index && !beyond) continue;
       if (y < 0 || y >= call.classes) fail("value: label out of range in target");
+      if (call.class_bias != nullptr && call.class_bias[y] == -std::numeric_limits<T>::infinity())
+        fail("value: label of a class without a bias in target");
       ++count;
     }
     return count;
@@ -153,23 +156,27 @@ void at_unit_stride(OptionalTensor& labels) {
 
 std::tuple<Tensor, Tensor, Tensor> distillation_forward(Tensor input, Tensor teacher, OptionalTensor target,
                                                         OptionalTensor student_bias, OptionalTensor teacher_bias,
-                                                        OptionalTensor sample_weight, int64_t ignore_index,
-                                                        int64_t reduction, double student_scale, double teacher_scale,
-                                                        double kd_weight, double ce_weight, bool with_gradient) {
+                                                        OptionalTensor class_bias, OptionalTensor sample_weight,
+                                                        int64_t ignore_index, int64_t reduction, double student_scale,
+                                                        double teacher_scale, double kd_weight, double ce_weight,
+                                                        bool with_gradient) {
   at_unit_stride(target);
-  const DistillationArguments a{input,        teacher,   target,        student_bias,  teacher_bias, sample_weight,
-                                ignore_index, reduction, student_scale, teacher_scale, kd_weight,    ce_weight};
+  const DistillationArguments a{input,         teacher,       target,       student_bias, teacher_bias,
+                                class_bias,    sample_weight, ignore_index, reduction,    student_scale,
+                                teacher_scale, kd_weight,     ce_weight};
   return input.scalar_type() == ScalarType::Double ? forward<double>(a, with_gradient)
                                                    : forward<float>(a, with_gradient);
 }
 
 Tensor distillation_backward(Tensor grad, Tensor state, Tensor input, Tensor teacher, OptionalTensor target,
-                             OptionalTensor student_bias, OptionalTensor teacher_bias, OptionalTensor sample_weight,
-                             int64_t ignore_index, int64_t reduction, double student_scale, double teacher_scale,
-                             double kd_weight, double ce_weight, bool need_input, bool inplace) {
+                             OptionalTensor student_bias, OptionalTensor teacher_bias, OptionalTensor class_bias,
+                             OptionalTensor sample_weight, int64_t ignore_index, int64_t reduction,
+                             double student_scale, double teacher_scale, double kd_weight, double ce_weight,
+                             bool need_input, bool inplace) {
   at_unit_stride(target);
-  const DistillationArguments a{input,        teacher,   target,        student_bias,  teacher_bias, sample_weight,
-                                ignore_index, reduction, student_scale, teacher_scale, kd_weight,    ce_weight};
+  const DistillationArguments a{input,         teacher,       target,       student_bias, teacher_bias,
+                                class_bias,    sample_weight, ignore_index, reduction,    student_scale,
+                                teacher_scale, kd_weight,     ce_weight};
   return input.scalar_type() == ScalarType::Double ? backward<double>(a, grad, state, need_input, inplace)
                                                    : backward<float>(a, grad, state, need_input, inplace);
 }

@@ -7,7 +7,7 @@ namespace ltk::bindings {
 
 struct DistillationArguments {
   const Tensor &input, &teacher;
-  const OptionalTensor &target, &student_bias, &teacher_bias, &sample_weight;
+  const OptionalTensor &target, &student_bias, &teacher_bias, &class_bias, &sample_weight;
   int64_t ignore_index, reduction;
   double student_scale, teacher_scale, kd_weight, ce_weight;
 
@@ -30,7 +30,7 @@ void check_sizes(const DistillationArguments& a) {
   const bool good =
       a.teacher.dim() == a.input.dim() && same_shape(a.teacher, a.input) && is_floating(element_type(a.teacher)) &&
       device_of(a.teacher) == device && fits(a.student_bias, a.classes()) && fits(a.teacher_bias, a.classes()) &&
-      fits(a.sample_weight, a.rows()) &&
+      fits(a.class_bias, a.classes()) && fits(a.sample_weight, a.rows()) &&
       (!a.target ||
        (a.target->numel() == a.rows() && !is_floating(element_type(*a.target)) && device_of(*a.target) == device));
   if (!good) fail("a teacher, target or parameter has another size, type or device than the logits ask for");
@@ -38,7 +38,7 @@ void check_sizes(const DistillationArguments& a) {
 
 #define LTK_DISTILLATION_ARGUMENTS                                                             \
   "Tensor input, Tensor teacher, Tensor? target, Tensor? student_bias, Tensor? teacher_bias, " \
-  "Tensor? sample_weight, int ignore_index, int reduction, float student_scale, "              \
-  "float teacher_scale, float kd_weight, float ce_weight"
+  "Tensor? class_bias, Tensor? sample_weight, int ignore_index, int reduction, "               \
+  "float student_scale, float teacher_scale, float kd_weight, float ce_weight"
 
 }  // namespace ltk::bindings

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "common/masked_term.h"
 #include "common/philox.h"
 
 namespace ltk {
@@ -45,12 +46,6 @@ LTK_HOST_DEVICE BinaryTerm<T> negative_term(T z, T gamma, T clip) {
   const T power = gamma == T(2) ? p * p : std::exp(gamma * ((z < T(0) ? z : T(0)) - small));
   const T beside = rest == T(0) ? T(0) : rest * softplus;  // softplus may be infinite
   return {power * softplus, power * (p + gamma * beside)};
-}
-
-// coefficient * value where a coefficient of zero takes out an infinite value, but not NaN.
-template <class T>
-LTK_HOST_DEVICE T masked_term(T coefficient, T value) {
-  return coefficient == T(0) && value > T(1e30) ? T(0) : coefficient * value;
 }
 
 // Draws are multiples of 2^-24 in [0, 1): below a probability of 1 always, below 0 never, in all precisions alike.

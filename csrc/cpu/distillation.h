@@ -18,7 +18,7 @@ struct DistillationRow {
 };
 
 // One call. T is the type of the computation and of every parameter: double for a double student, else float. Either
-// both biases are given or none.
+// all biases are given or none.
 template <class T>
 struct DistillationCall {
   int64_t rows = 0, classes = 0;
@@ -31,8 +31,8 @@ struct DistillationCall {
   const void* target = nullptr;  // labels at unit stride; null for no cross-entropy
   ElementType target_type{};
   int64_t ignore_index = 0;
-  T student_scale = 1, teacher_scale = 1;  // inverse temperatures
-  const T *student_bias = nullptr, *teacher_bias = nullptr;
+  T student_scale = 1, teacher_scale = 1;                                           // inverse temperatures
+  const T *student_bias = nullptr, *teacher_bias = nullptr, *class_bias = nullptr;  // the last: the label's
   const T* row_weight = nullptr;
   T kd_factor = 1, ce_factor = 1;  // the parts' weights over their denominators
 

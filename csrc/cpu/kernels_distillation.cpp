@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/masked_term.h"
 #include "cpu/distillation.h"
 #include "cpu/row_memory.h"
 #include "cpu/simd.h"
@@ -52,13 +53,12 @@ struct DistillationRows {
 // The logits of a row's three softmaxes.
 template <class T, Affine form>
 struct RowLogits {
-  Adjusted<T, form> student, teacher;
-  Adjusted<T, Affine::uniform> ce;
+  Adjusted<T, form> student, teacher, ce;
 
   RowLogits(const DistillationCall<T>& call, const T* z, const T* t)
       : student{z, call.student_scale, nullptr, call.student_bias},
         teacher{t, call.teacher_scale, nullptr, call.teacher_bias},
-        ce{z, T(1), nullptr, nullptr} {}
+        ce{z, T(1), nullptr, call.class_bias} {}
 };
 
 // The factors of a row's gradient: of e^(a_j), e^(b_j) and e^(u_j), and of what the label loses.
@@ -160,7 +160,7 @@ T row_forward(const DistillationCall<T>& call, const RowLogits<T, form>& u, int6
   const T weight = call.row_weight == nullptr ? T(1) : call.row_weight[row];
   T kl = totals.distance / totals.teacher + log_ratio(totals);
   if (kl < T(0)) kl = T(0);  // by rounding
-  T loss = call.kd_factor * weight * kl;
+  T loss = masked_term(call.kd_factor * weight, kl);
   if (with_ce) {
     const T at_label = e.ce[y];
     // By subtraction where that is exact enough, else added up again: p - 1 never cancels.
@@ -169,7 +169,7 @@ T row_forward(const DistillationCall<T>& call, const RowLogits<T, form>& u, int6
     const T nll = at_label > others ? std::log1p(others / at_label) : state->ce_max - u.ce.at(y) + std::log(total);
     state->ce_inverse_sum = T(1) / total;
     state->at_label = -others / total;
-    loss += call.ce_factor * weight * nll;
+    loss += masked_term(call.ce_factor * weight, nll);
   }
   return loss;
 }

@@ -23,6 +23,7 @@ def distillation_loss(
     teacher_bias: Tensor | None = None,
     class_mask: Tensor | None = None,
     target: Tensor | None = None,
+    class_bias: Tensor | None = None,
     alpha: float = 1.0,
     ce_weight: float = 1.0,
     temperature_scale: bool = True,
@@ -34,7 +35,7 @@ def distillation_loss(
 
     .. math::
         q = \mathrm{softmax}(t / T_t + b^t), \quad p = \mathrm{softmax}(z / T + b^z), \qquad
-        \ell_i = r_i \Bigl(\alpha T^2 \sum_j q_j \log\frac{q_j}{p_j} - \kappa \log\mathrm{softmax}(z)_y\Bigr)
+        \ell_i = r_i \Bigl(\alpha T^2 \sum_j q_j \log\frac{q_j}{p_j} - \kappa \log\mathrm{softmax}(z + b)_y\Bigr)
 
     One loss, many methods:
 
@@ -42,7 +43,7 @@ def distillation_loss(
     * **Balanced KD**: ``teacher_bias = log w``, which is the teacher's distribution weighted by class weights w and
       normalised again; T = 2, the cross-entropy unweighted.
     * **DiVE**: the teacher's distribution to the power s is ``teacher_T = T / s``; ``alpha`` beside ``ce_weight = 1 -
-      alpha``.
+      alpha``; ``class_bias = log(class_counts)`` makes its cross-entropy balanced softmax.
     * **LFME**: a ``class_mask`` for each expert's classes, ``temperature_scale=False``, T = 2.
 
     Args:
@@ -54,6 +55,7 @@ def distillation_loss(
         teacher_bias: :math:`b^t`, ``(C,)``, finite or -inf.
         class_mask: ``(C,)`` bool: the classes that both distributions are over; None: all.
         target: labels of any integer type, for the cross-entropy of the student at temperature 1; None: without it.
+        class_bias: :math:`b`, ``(C,)``, finite or -inf, of the cross-entropy; with ``target``.
         alpha: :math:`\alpha` >= 0.
         ce_weight: :math:`\kappa` >= 0, with ``target``.
         temperature_scale: whether the divergence is multiplied by :math:`T^2`, which keeps its gradient's size.
@@ -93,6 +95,8 @@ def distillation_loss(
         if arg.tensor("target", target).is_floating_point():
             raise TypeError(f"target: expected labels of an integer type for this loss, found {target.dtype}")
         arg.check_target(student, target)
+    elif class_bias is not None:
+        raise ValueError("class_bias: expected a target with it, of whose cross-entropy it is, found None")
     if not isinstance(temperature_scale, bool):
         raise TypeError(f"temperature_scale: expected a bool, found {temperature_scale!r}")
     T = arg.number("T", T, 0.0, math.inf, open_low=True)  # noqa: N806
@@ -120,6 +124,7 @@ def distillation_loss(
     tensors = (
         z, t, None if target is None else shaped(target), bias("student_bias", student_bias),
         bias("teacher_bias", teacher_bias),
+        None if class_bias is None else arg.class_vector("class_bias", class_bias, z),
         None if sample_weight is None else shaped(arg.row_weight("sample_weight", sample_weight, student)),
     )  # fmt: skip
     loss = _op.distillation(tensors, options)

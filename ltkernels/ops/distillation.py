@@ -32,7 +32,7 @@ def _check_values(tensors: Tensors, options: DistillationOptions) -> None:
 OP = entries.register(
     Op(
         "distillation",
-        ("input", "teacher", "target?", "student_bias?", "teacher_bias?", "sample_weight?"),
+        ("input", "teacher", "target?", "student_bias?", "teacher_bias?", "class_bias?", "sample_weight?"),
         (0,),
         DistillationOptions,
         reference.distillation,

@@ -3,7 +3,7 @@
 For row i with student logits ``z``, teacher logits ``t`` and label ``y``::
 
     q = softmax(teacher_scale t + teacher_bias)      p = softmax(student_scale z + student_bias)
-    loss = r (kd_weight sum_j q_j (log q_j - log p_j) + ce_weight (-log softmax(z)_y))
+    loss = r (kd_weight sum_j q_j (log q_j - log p_j) + ce_weight (-log softmax(z + class_bias)_y))
 
 The mean divides the first part by the number of rows and the second by that of the rows that are not ignored. A scale
 is one over a temperature; a bias of -inf takes a class out; ``log w`` as the teacher's weights its classes. The teacher
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ltkernels.ops.options import DistillationOptions, Reduction
-from ltkernels.reference.cross_entropy import _require
+from ltkernels.reference.cross_entropy import _masked_product, _require
 from ltkernels.reference.cross_entropy import check_values as check_shared_values
 
 
@@ -26,6 +26,7 @@ def distillation(
     target: Tensor | None,
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
+    class_bias: Tensor | None,
     sample_weight: Tensor | None,
     options: DistillationOptions,
 ) -> Tensor:
@@ -37,6 +38,7 @@ def distillation(
         target: labels ``(N,)`` or ``(N, D)`` of an integer type, or None without the label's part.
         student_bias: ``(C,)``, finite or -inf.
         teacher_bias: ``(C,)``, finite or -inf.
+        class_bias: ``(C,)``, finite or -inf, of the label's part.
         sample_weight: row weights ``r`` of the labels' shape.
         options: the scalars.
 
@@ -53,18 +55,18 @@ def distillation(
     q = log_q.exp()
     nothing = q == 0  # 0 log 0 is 0, also where the student has no probability
     terms = q * (torch.where(nothing, 0.0, log_q) - torch.where(nothing, 0.0, log_p))
-    kd = options.kd_weight * terms.sum(dim=1)
-    ce, valid = torch.zeros_like(kd), torch.ones_like(kd, dtype=torch.bool)
+    kd = terms.sum(dim=1)
+    ce, valid, weight = torch.zeros_like(kd), torch.ones_like(kd, dtype=torch.bool), torch.ones_like(kd)
     if target is not None:
         label = target.reshape(-1).long()
         valid = label != options.ignore_index
         outside = valid & ((label < 0) | (label >= num_classes))
         label = torch.where(valid & ~outside, label, 0)
-        nll = -torch.log_softmax(z, dim=1).gather(1, label[:, None])[:, 0]
-        ce = torch.where(valid, options.ce_weight * nll, 0.0) * torch.where(outside, torch.nan, 1.0)
+        nll = -torch.log_softmax(_scaled(z, 1.0, class_bias), dim=1).gather(1, label[:, None])[:, 0]
+        ce = torch.where(valid, nll, 0.0) * torch.where(outside, torch.nan, 1.0)
     if sample_weight is not None:
         weight = sample_weight.reshape(-1).to(dtype)
-        kd, ce = kd * weight, ce * weight
+    kd, ce = _masked_product(options.kd_weight * weight, kd), _masked_product(options.ce_weight * weight, ce)
     if options.reduction == Reduction.NONE:
         rows: Tensor = (kd + ce).reshape(row_shape)
         return rows
@@ -84,14 +86,15 @@ def check_values(
     target: Tensor | None,
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
+    class_bias: Tensor | None,
     sample_weight: Tensor | None,
     num_classes: int,
     options: DistillationOptions,
 ) -> None:
     """Raise on values no backend may accept; reads the tensors, so it is called for CPU tensors only."""
     if target is not None:
-        check_shared_values(target, None, None, None, None, None, num_classes, options.ignore_index)
-    for name, bias in (("student_bias", student_bias), ("teacher_bias", teacher_bias)):
+        check_shared_values(target, None, None, class_bias, None, None, num_classes, options.ignore_index)
+    for name, bias in (("student_bias", student_bias), ("teacher_bias", teacher_bias), ("class_bias", class_bias)):
         if bias is not None:
             _require(name, bias, torch.isfinite(bias) | torch.isneginf(bias), "finite values or -inf")
     if sample_weight is not None:
