@@ -18,6 +18,7 @@ PARTS = {
     "cross_entropy": ("figures", "cpu.jsonl", ""),
     "row_cross_entropy": ("rows", "cpu-rows.jsonl", " --op row_cross_entropy"),
     "lade": ("lade", "cpu-lade.jsonl", " --op lade"),
+    "distillation": ("distillation", "cpu-distillation.jsonl", " --op distillation"),
     "binary_cross_entropy": ("binary", "cpu-binary.jsonl", " --op binary_cross_entropy"),
     "sampling": ("sampling", "cpu-sampling.jsonl", " --op sampling"),
 }

@@ -348,17 +348,25 @@ T gate_slope(const Call<T>& call, const Labels& labels, const RowGradient<T>& g,
     const T ax = call.scale == nullptr || x[j] == -infinity<T> ? T(0) : call.scale[j] * x[j];
     return ax + (call.bias == nullptr ? T(0) : call.bias[j]);
   };
-  T total = T(0);
+  const Vec<T> zero = splat(T(0));
+  Vec<T> sum = zero;
   between(labels, call.classes, [&](int64_t begin, int64_t end) {
     blocks(end - begin, [&](int64_t first, int64_t last) {
-      T part = T(0);
-      for (int64_t j = begin + first; j < begin + last; ++j) {
-        const T d = g.probability * e[j] - (call.smooth == nullptr ? T(0) : g.factor * call.smooth[j]);
-        part += d * term(j);
-      }
-      total += part;
+      Vec<T> part = zero;
+      sweep<T>(begin + first, begin + last, [&](int64_t j, auto load, auto) {
+        Vec<T> d = g.probability * load(e + j, T(0)), along = zero;
+        if (call.smooth != nullptr) d -= g.factor * load(call.smooth + j, T(0));
+        if (call.scale != nullptr) {
+          const Vec<T> v = load(x + j, T(0));
+          along = v == splat(-infinity<T>) ? zero : load(call.scale + j, T(0)) * v;
+        }
+        if (call.bias != nullptr) along += load(call.bias + j, T(0));
+        part += d * along;
+      });
+      sum += part;
     });
   });
+  T total = sum_lanes<T>(sum);
   for_labels(labels, g, [&](int64_t y, T d, T, T, T) { total += d * term(y); });
   return total;
 }

@@ -17,6 +17,7 @@ import torch
 from ltkernels.bench import peers, report, runner, sampling
 from ltkernels.bench.device import Cpu, Cuda
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
+from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
 from ltkernels.bench.peers_lade import LADE_VARIANTS
 from ltkernels.bench.peers_rows import ROW_VARIANTS
 from ltkernels.bench.scenarios import SCENARIOS, Scenario, scenario
@@ -37,6 +38,7 @@ OPS = {
     "cross_entropy": _Op(SCENARIOS, {variant.name: variant for variant in peers.VARIANTS}, runner.measure),
     "row_cross_entropy": _Op(ROW_SCENARIOS, {variant.name: variant for variant in ROW_VARIANTS}, runner.measure),
     "lade": _Op(ROW_SCENARIOS, {variant.name: variant for variant in LADE_VARIANTS}, runner.measure),
+    "distillation": _Op(ROW_SCENARIOS, {variant.name: variant for variant in DISTILLATION_VARIANTS}, runner.measure),
     "binary_cross_entropy": _Op(ROW_SCENARIOS, {variant.name: variant for variant in BINARY_VARIANTS}, runner.measure),
     "sampling": _Op(sampling.SCENARIOS, {variant.name: variant for variant in sampling.VARIANTS}, sampling.measure),
 }

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ltkernels import functional, losses
 from ltkernels.bench.scenarios import Problem
-from ltkernels.loss_base import AdjustedCrossEntropy
+from ltkernels.losses.base import AdjustedCrossEntropy
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -151,6 +151,17 @@ def focal_library(problem: Problem) -> LossFn | None:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """A loss of frozen logits: the gradient that is measured is that of what it learns, not of the logits."""
+
+    call: LossFn
+    learned: tuple[Tensor, ...]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.call(x.detach(), y)
+
+
+@dataclass(frozen=True)
 class Variant:
     """One loss: ours as users construct it, and the forms it is compared with.
 
@@ -162,7 +173,7 @@ class Variant:
         eager: the cheapest plain form; in float64 it is also the truth that errors are measured against.
         published: the form of research code, where it is another one.
         library: a form from another package; ``None`` where that is not installed.
-        op: the hot path that serves it.
+        op: whose list it is in.
     """
 
     name: str
@@ -257,5 +268,7 @@ def compiled(form: LossFn) -> LossFn:
     eighth recompilation of one function would be refused.
     """
     torch._dynamo.reset()
+    if isinstance(form, Learning):
+        return Learning(torch.compile(form.call, fullgraph=True, dynamic=False), form.learned)
     result: LossFn = torch.compile(form, fullgraph=True, dynamic=False)
     return result

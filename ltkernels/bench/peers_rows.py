@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ltkernels import functional, losses
-from ltkernels.bench.peers import LossFn, Variant, widen
+from ltkernels.bench.peers import Learning, LossFn, Variant, widen
 from ltkernels.bench.scenarios import Problem
 
 LAM = 0.3
@@ -21,6 +21,7 @@ P, Q, EPS = 0.8, 2.0, 1e-2
 SCALE, ANGLE = 64.0, 0.5
 HEAD, TAIL = 0.3, 0.0
 ALPHA, INFLUENCE_EPS = 1e4, 1e-3
+RARE = 4.3e-4
 
 
 def _second_labels(problem: Problem) -> Tensor:
@@ -202,6 +203,98 @@ def influence_published(problem: Problem, dtype: torch.dtype) -> LossFn:
     return loss
 
 
+def _rare(problem: Problem) -> Tensor:
+    return problem.class_counts / problem.class_counts.sum() <= RARE
+
+
+def equalization_ours(problem: Problem) -> LossFn:
+    rare = _rare(problem)
+    return lambda x, y: functional.equalization_cross_entropy(x, y, rare, drop_rate=1.0)
+
+
+def equalization(problem: Problem, dtype: torch.dtype) -> LossFn:
+    """All draws are made and all of them drop, so that every form has the same values."""
+    rare = _rare(problem)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        wide = widen(x)
+        leaves = (torch.rand_like(wide) < 1.0) & rare
+        leaves.scatter_(1, y.unsqueeze(1), False)
+        return F.cross_entropy(wide.masked_fill(leaves, -math.inf), y)
+
+    return loss
+
+
+def equalization_published(problem: Problem, dtype: torch.dtype) -> LossFn:
+    """Softmax equalization (Tan et al. 2020, eq. 8): exponentials times a mask of draws, rare classes and labels."""
+    rare = _rare(problem).to(dtype)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        wide = widen(x)
+        drawn = (torch.rand_like(wide) < 1.0).to(dtype)
+        is_target = F.one_hot(y, wide.shape[1]).to(dtype)
+        weight = 1 - drawn * rare * (1 - is_target)
+        exponentials = weight * torch.exp(wide - wide.max(dim=1, keepdim=True).values)
+        log_p = torch.log((exponentials / exponentials.sum(dim=1, keepdim=True)).clamp(min=1e-30))
+        return F.nll_loss(log_p, y)
+
+    return loss
+
+
+def _learned(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and bias of the classes and confidence of the rows, in the middle of their training."""
+    generator = torch.Generator(problem.logits.device).manual_seed(2)
+    rows, classes = problem.logits.shape
+    device = problem.logits.device
+    values = [torch.rand(size, generator=generator, device=device) for size in (classes, classes, rows)]
+    scale, bias, gate = (value.to(dtype).requires_grad_() for value in values)
+    return scale, bias, gate
+
+
+def lws_ours(problem: Problem) -> LossFn:
+    scale = _learned(problem, torch.float32)[0]
+    return Learning(lambda x, y: functional.cross_entropy(x, y, class_scale=scale), (scale,))
+
+
+def lws(problem: Problem, dtype: torch.dtype) -> LossFn:
+    scale = _learned(problem, dtype)[0]
+    return Learning(lambda x, y: F.cross_entropy(widen(x) * scale, y), (scale,))
+
+
+def disalign_ours(problem: Problem) -> LossFn:
+    scale, bias, gate = _learned(problem, torch.float32)
+    return Learning(
+        lambda x, y: functional.cross_entropy(x, y, problem.weight, class_scale=scale, class_bias=bias, row_gate=gate),
+        (scale, bias, gate),
+    )
+
+
+def disalign(problem: Problem, dtype: torch.dtype) -> LossFn:
+    """One affine map of the logits by the row's gate."""
+    scale, bias, gate = _learned(problem, dtype)
+    weight = problem.weight.to(dtype)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        wide = widen(x)
+        return F.cross_entropy(wide + gate.unsqueeze(1) * torch.addcmul(bias, wide, scale), y, weight)
+
+    return Learning(loss, (scale, bias, gate))
+
+
+def disalign_published(problem: Problem, dtype: torch.dtype) -> LossFn:
+    """DisAlign: the confidence mixes the calibrated and the plain logits."""
+    scale, bias, gate = _learned(problem, dtype)
+    weight = problem.weight.to(dtype)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        wide = widen(x)
+        confidence = gate.unsqueeze(1)
+        mixed = confidence * ((1 + scale).repeat(1, 1) * wide + bias.repeat(1, 1)) + (1 - confidence) * wide
+        return F.cross_entropy(mixed, y, weight)
+
+    return Learning(loss, (scale, bias, gate))
+
+
 ROW_VARIANTS: tuple[Variant, ...] = (
     Variant(
         "two_labels", "two labels (mixup) + weight", two_labels_ours, two_labels, two_labels_published,
@@ -214,6 +307,14 @@ ROW_VARIANTS: tuple[Variant, ...] = (
     Variant("label_aware", "label-aware smoothing", label_aware_ours, label_aware, op="row_cross_entropy"),
     Variant(
         "influence", "influence-balanced", influence_ours, influence, influence_published, op="row_cross_entropy"
+    ),
+    Variant(
+        "equalization", "softmax equalization", equalization_ours, equalization, equalization_published,
+        op="row_cross_entropy",
+    ),
+    Variant("lws", "LWS, frozen logits", lws_ours, lws, op="row_cross_entropy"),
+    Variant(
+        "disalign", "DisAlign, frozen logits", disalign_ours, disalign, disalign_published, op="row_cross_entropy"
     ),
 )  # fmt: skip
 SEESAW_FIXED = Variant("seesaw_fixed", "seesaw, fixed counts", seesaw_fixed_ours, seesaw_fixed, op="row_cross_entropy")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ltkernels.bench import peers, sampling
 from ltkernels.bench.peers import VARIANTS
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
+from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
 from ltkernels.bench.peers_lade import LADE_VARIANTS
 from ltkernels.bench.peers_rows import ROW_VARIANTS
 from ltkernels.bench.targets import Line
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 
-TITLES = {variant.name: variant.title for variant in (*VARIANTS, *ROW_VARIANTS, *LADE_VARIANTS, *BINARY_VARIANTS)}
+TITLES = {
+    variant.name: variant.title
+    for variant in (*VARIANTS, *ROW_VARIANTS, *LADE_VARIANTS, *DISTILLATION_VARIANTS, *BINARY_VARIANTS)
+}
 TITLES |= {variant.name: variant.title for variant in sampling.VARIANTS}
-LOSSES = ("cross_entropy", "row_cross_entropy", "lade", "binary_cross_entropy")
+LOSSES = ("cross_entropy", "row_cross_entropy", "lade", "distillation", "binary_cross_entropy")
 FIELDS = frozenset(
     "op variant scenario source N C dtype mode memory threads peer less_work backend rounds p25_us p50_us p75_us ratio "
     "model_bytes frac_copy launches peak_mb peak_bytes page_faults rel_err_loss rel_err_grad rounding_grad "
@@ -212,11 +216,7 @@ _OF_LOSSES = (
     (peers.LIBRARY, "imbalanced-losses"),
     (peers.CLONE, "clone() of the logits"),
 )
-README_ROWS = {
-    "cross_entropy": _OF_LOSSES,
-    "row_cross_entropy": _OF_LOSSES,
-    "lade": _OF_LOSSES,
-    "binary_cross_entropy": _OF_LOSSES,
+README_ROWS = dict.fromkeys(LOSSES, _OF_LOSSES) | {
     "sampling": (
         (sampling.MULTINOMIAL, "torch.multinomial"),
         (sampling.VECTORISED, "vectorised PyTorch"),
@@ -229,11 +229,7 @@ README_ROWS = {
         (sampling.M_PER_CLASS, "MPerClassSampler"),
     ),
 }
-README_WHAT = {
-    "cross_entropy": "float32, forward and backward with argument checks",
-    "row_cross_entropy": "float32, forward and backward with argument checks",
-    "lade": "float32, forward and backward with argument checks",
-    "binary_cross_entropy": "float32, forward and backward with argument checks",
+README_WHAT = dict.fromkeys(LOSSES, "float32, forward and backward with argument checks") | {
     "sampling": "a million indices, or all samples of the data set (index, shuffle)",
 }
 

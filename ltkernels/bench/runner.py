@@ -112,10 +112,15 @@ def relative_l2(value: Tensor, truth: Tensor) -> float:
     return 0.0 if distance == 0 else float(distance / norm)
 
 
+def _variables(form: LossFn, logits: Tensor) -> tuple[Tensor, ...]:
+    """What the gradient is of."""
+    return form.learned if isinstance(form, peers.Learning) else (logits,)
+
+
 def loss_and_grad(form: LossFn, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     loss = form(logits, target)
-    (grad,) = torch.autograd.grad(loss, logits)
-    return loss.detach(), grad
+    grads = torch.autograd.grad(loss, _variables(form, logits))
+    return loss.detach(), grads[0] if len(grads) == 1 else torch.cat([grad.flatten() for grad in grads])
 
 
 def difference(result: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> Error:
@@ -170,10 +175,11 @@ def make_call(form: LossFn, problem: Problem, mode: str) -> Call:
 
         return forward
     upstream = None if mode == "fwd_bwd" else torch.tensor(1 / 1024, device=logits.device)
+    variables = _variables(form, logits)
 
     def forward_backward() -> None:
         loss = form(logits, target)
-        torch.autograd.grad(loss, logits, None if upstream is None else upstream.to(loss.dtype))
+        torch.autograd.grad(loss, variables, None if upstream is None else upstream.to(loss.dtype))
 
     return forward_backward
 
@@ -266,7 +272,10 @@ def serving_backend(form: LossFn, problem: Problem) -> str:
 
 
 def model_bytes(shape: Scenario, itemsize: int, mode: str) -> int:
-    """Bytes a loss cannot avoid to move: logits read once, the gradient written once, labels read, tables read once."""
+    """Bytes a loss cannot avoid to move: logits read once, the gradient written once, labels read, tables read once.
+
+    Where the logits are frozen they are read twice instead. A teacher's logits are not counted.
+    """
     passes = 1 if mode == "fwd" else 2
     return passes * shape.n * shape.c * itemsize + 8 * shape.n + 4 * shape.c
 

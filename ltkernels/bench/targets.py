@@ -26,6 +26,7 @@ RATIO_LIMITS: dict[tuple[str, str], tuple[float, float]] = {
 ROW_LIMITS: dict[tuple[str, str], dict[str, float]] = {
     ("seesaw", peers.PUBLISHED): {"256x1000": 0.05, "512x8142": 0.02},
     ("lade", peers.PUBLISHED): {"256x1000": 0.3, "512x8142": 0.3},
+    ("kd", peers.EAGER): {"256x1000": 0.3, "512x8142": 0.3},
     ("sigmoid_focal", peers.PUBLISHED): {"256x1000": 0.2, "512x8142": 0.2},
     ("eql_v2", peers.EAGER): {"256x1000": 0.2, "512x8142": 0.2},
     ("two_labels", peers.PUBLISHED): {"256x1000": 0.35, "512x8142": 0.35},

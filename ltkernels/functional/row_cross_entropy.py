@@ -213,11 +213,13 @@ def _log_counts(class_counts: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(f"class_counts: expected shape ({logits.shape[1]},), found {tuple(counts.shape)}")
     if counts.device != logits.device:
         raise ValueError(f"class_counts: expected device {logits.device} as input's, found {counts.device}")
-    if counts.is_cpu and arg.may_look(counts) and not bool(((counts >= 0) & (counts < math.inf)).all()):
-        at = int((~((counts >= 0) & (counts < math.inf))).nonzero()[0])
-        raise ValueError(f"class_counts: expected finite values >= 0, found {counts[at].item():g} at index {at}")
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return counts.detach().double().clamp_min(1.0).log().to(dtype)
+    if counts.is_cpu and arg.may_look(counts):
+        good = (counts >= 0) & (counts < math.inf) if counts.is_floating_point() else counts >= 0
+        if not bool(good.all()):
+            at = int((~good).nonzero()[0])
+            raise ValueError(f"class_counts: expected finite values >= 0, found {counts[at].item():g} at index {at}")
+    # In float32 the rounding of a count over 2^24 moves its logarithm by less than the logarithm is rounded.
+    return counts.detach().to(torch.float64 if logits.dtype == torch.float64 else torch.float32).clamp_min(1.0).log()
 
 
 def pairwise_cross_entropy(
