@@ -7,12 +7,15 @@ is what the kernels are compared with; every run checks on its own logits that b
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from longtail_metrics import FEW_SHOT_BELOW
 from longtail_plan import Settings
 from torch import Tensor, nn
 
@@ -34,11 +37,23 @@ class Method:
         build: from class counts ``(C,)`` and the settings of the run to the loss of ltkernels.
         plain: from class counts and that loss, whose settings it shares, to the same loss in plain PyTorch.
         cosine: whether the head is a cosine head.
+        sigmoid: whether the loss is on sigmoids. They start at 1 / C then, as Cui et al. 2019 published it; from 1/2
+            the short recipes here would spend their epochs on pushing all classes down.
+        certain: settings of a loss that draws at random with which it has no choice.
     """
 
     build: Callable[[Tensor, Settings], nn.Module]
     plain: Callable[[Tensor, Any], Loss]
     cosine: bool = False
+    sigmoid: bool = False
+    certain: Mapping[str, float] = field(default_factory=dict)
+
+    def exact(self, loss: nn.Module) -> nn.Module:
+        """A copy of the loss in which nothing is left to chance, so that the plain form can be compared with it."""
+        loss = copy.deepcopy(loss)
+        for name, value in self.certain.items():
+            setattr(loss, name, value)
+        return loss
 
 
 def _plain_ce(counts: Tensor, loss: Any) -> Loss:
@@ -118,6 +133,58 @@ def _plain_label_aware_smoothing(counts: Tensor, loss: Any) -> Loss:
     return smoothed
 
 
+def _equalization(counts: Tensor, settings: Settings) -> nn.Module:
+    # The paper's threshold is a share of ImageNet-LT; here the few-shot classes are the rare ones, whatever the data.
+    share = (FEW_SHOT_BELOW - 0.5) / counts.sum().item()
+    return ltk.losses.SoftmaxEqualizationLoss(counts, rare_threshold=share, seed=settings.seed)
+
+
+def _plain_equalization(counts: Tensor, loss: Any) -> Loss:
+    rare = counts < FEW_SHOT_BELOW
+
+    def equalization(logits: Tensor, labels: Tensor) -> Tensor:
+        leaves = (torch.rand_like(logits) < loss.gamma) & rare & ~F.one_hot(labels, len(rare)).bool()
+        return F.cross_entropy(logits.masked_fill(leaves, -torch.inf), labels)
+
+    return equalization
+
+
+def _plain_lade(counts: Tensor, loss: Any) -> Loss:
+    prior = (counts.double() / counts.sum()).float()
+    log_prior, log_uniform = (prior + 1e-9).log(), math.log(1 / len(prior) + 1e-9)
+
+    def lade(logits: Tensor, labels: Tensor) -> Tensor:
+        is_label = F.one_hot(labels, len(prior)).to(logits.dtype)
+        of_class = (logits * is_label).sum(0) / (is_label.sum(0) + 1e-8)
+        of_all = (logits - log_prior + log_uniform).logsumexp(0) - math.log(len(labels))
+        bound: Tensor = of_class - of_all - loss.remine_lambda * of_all.square()
+        regularizer = -(prior * bound).sum()
+        return F.cross_entropy(logits + log_prior, labels) + regularizer * float(loss.weight)
+
+    return lade
+
+
+def _plain_sigmoid_focal(counts: Tensor, loss: Any) -> Loss:
+    def sigmoid_focal(logits: Tensor, labels: Tensor) -> Tensor:
+        is_label = F.one_hot(labels, len(counts)).to(logits.dtype)
+        p = logits.sigmoid()
+        missed = is_label * (1 - p) + (1 - is_label) * p
+        factor: Tensor = (is_label * loss.alpha + (1 - is_label) * (1 - loss.alpha)) * missed.pow(loss.gamma)
+        terms = F.binary_cross_entropy_with_logits(logits, is_label, reduction="none")
+        return (factor * terms).sum() / len(labels)
+
+    return sigmoid_focal
+
+
+def _plain_class_balanced_sigmoid(counts: Tensor, loss: Any) -> Loss:
+    def class_balanced_sigmoid(logits: Tensor, labels: Tensor) -> Tensor:
+        is_label = F.one_hot(labels, len(counts)).to(logits.dtype)
+        weight = loss.weight[labels][:, None].expand_as(logits)
+        return F.binary_cross_entropy_with_logits(logits, is_label, weight, reduction="sum") / len(labels)
+
+    return class_balanced_sigmoid
+
+
 METHODS = {
     "ce": Method(lambda counts, settings: ltk.losses.CrossEntropyLoss(), _plain_ce),
     "weighted": Method(
@@ -142,6 +209,19 @@ METHODS = {
     ),
     "label-aware-smoothing": Method(
         lambda counts, settings: ltk.losses.LabelAwareSmoothingLoss(counts), _plain_label_aware_smoothing
+    ),
+    "equalization": Method(_equalization, _plain_equalization, certain={"gamma": 1.0}),
+    "lade": Method(lambda counts, settings: ltk.losses.LADELoss(counts), _plain_lade),
+    "sigmoid-focal": Method(
+        # Every row has one object: the paper's mean over anchors with an object is that over rows.
+        lambda counts, settings: ltk.losses.SigmoidFocalLoss(denominator="count"),
+        _plain_sigmoid_focal,
+        sigmoid=True,
+    ),
+    "cb-sigmoid": Method(
+        lambda counts, settings: ltk.losses.ClassBalancedSigmoidLoss(counts, beta=BETA),
+        _plain_class_balanced_sigmoid,
+        sigmoid=True,
     ),
 }
 """What is trained. Post-hoc logit adjustment is not: it is the model of ``ce``, its logits adjusted at evaluation."""

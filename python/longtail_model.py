@@ -5,6 +5,8 @@ They are small on purpose: twelve training runs have to fit in three minutes on 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from longtail_data import Bags, LongTailData
 from torch import Tensor, nn
@@ -40,15 +42,18 @@ class Classifier(nn.Module):
     Args:
         data: what is classified; decides the kind of features.
         cosine: a ``CosineLinear`` head of scale 1 (for losses that scale by themselves) in place of a linear one.
+        sigmoid: a linear head whose biases start where the sigmoid of each class is 1 / C.
 
     Shape:
         the tensors of ``Batches.batch`` for N rows; output ``(N, C)``.
     """
 
-    def __init__(self, data: LongTailData, *, cosine: bool) -> None:
+    def __init__(self, data: LongTailData, *, cosine: bool, sigmoid: bool = False) -> None:
         super().__init__()
         self.features, width = _features(data)
         self.head = ltk.CosineLinear(width, data.num_classes) if cosine else nn.Linear(width, data.num_classes)
+        if sigmoid and isinstance(self.head, nn.Linear):
+            nn.init.constant_(self.head.bias, -math.log(data.num_classes - 1))
 
     def forward(self, *batch: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(*batch))

@@ -20,6 +20,10 @@ TITLES = {
     "seesaw": "seesaw",
     "arcface": "ArcFace by count",
     "label-aware-smoothing": "label-aware smooth.",
+    "equalization": "softmax equalization",
+    "lade": "LADE",
+    "sigmoid-focal": "sigmoid focal",
+    "cb-sigmoid": "class-bal. sigmoid",
 }
 """Methods in the order of tables and plots."""
 

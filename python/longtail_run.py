@@ -88,10 +88,10 @@ class Run:
         self.total_steps = settings.epochs * self.steps_per_epoch
 
         torch.manual_seed(settings.seed)
-        method = METHODS[settings.method]
-        self.model = Classifier(data, cosine=method.cosine)
-        self.loss: Any = method.build(self.class_counts, settings)
-        self.plain_loss = method.plain(self.class_counts, self.loss)
+        self.method = METHODS[settings.method]
+        self.model = Classifier(data, cosine=self.method.cosine, sigmoid=self.method.sigmoid)
+        self.loss: Any = self.method.build(self.class_counts, settings)
+        self.plain_loss = self.method.plain(self.class_counts, self.loss)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate, fused=True)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=self.total_steps)
 
@@ -155,7 +155,8 @@ class Run:
         it would not do in a run of its own.
         """
         if self.step == 0:
-            check_agreement(logits, labels, self.loss, self.plain_loss)
+            exact = self.method.exact(self.loss)
+            check_agreement(logits, labels, exact, self.method.plain(self.class_counts, exact))
         both: list[tuple[str, Loss]] = [("loss", self.loss), ("plain_loss", self.plain_loss)]
         for name, loss_fn in both if self.step // MEASURE_EVERY % 2 else both[::-1]:
             for _ in range(2):

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltkernels import losses_sigmoid
-from ltkernels.losses_sigmoid import (
+from ltkernels.losses import (
     ACSLLoss,
     AsymmetricLoss,
     ClassBalancedSigmoidLoss,
@@ -21,6 +20,8 @@ from ltkernels.losses_sigmoid import (
     EqualizationLossV2,
     FederatedLoss,
     SigmoidFocalLoss,
+    detection,
+    sigmoid,
 )
 
 bce_with_logits = torch.nn.functional.binary_cross_entropy_with_logits
@@ -224,9 +225,10 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "FederatedLoss": lambda **o: FederatedLoss(COUNTS, **o),
     "SigmoidFocalLoss": SigmoidFocalLoss,
 }
+each_module = pytest.mark.parametrize("name", [*sigmoid.__all__, *detection.__all__])
 
 
-@pytest.mark.parametrize("name", losses_sigmoid.__all__)
+@each_module
 def test_every_module_has_the_common_options(name: str) -> None:
     columns = 6 if name == "ACSLLoss" else 5
     x, y = a_batch(9, background=False, columns=columns)
@@ -246,7 +248,14 @@ def test_every_module_has_the_common_options(name: str) -> None:
     assert criterion(x, y).shape == (9,)
 
 
-@pytest.mark.parametrize("name", losses_sigmoid.__all__)
+@each_module
+def test_tables_and_states_are_made_on_the_cpu(name: str) -> None:
+    with torch.device("meta"):  # lazy initialisation of large models
+        assert not any(buffer.is_meta for buffer in MAKERS[name]().buffers())
+    assert all(buffer.is_meta for buffer in MAKERS[name]().to("meta").buffers())
+
+
+@each_module
 def test_every_module_compiles_in_one_graph(name: str) -> None:
     columns = 6 if name == "ACSLLoss" else 5
     x, y = a_batch(9, background=False, columns=columns)

@@ -399,6 +399,38 @@ def test_options_of_losses_with_a_state(make: Callable[..., nn.Module]) -> None:
 
 
 @each_stateful
+def test_weights_of_losses_with_a_state_may_be_assigned(make: Callable[..., nn.Module]) -> None:
+    """Whatever they were, the new ones are a buffer, a parameter or a schedule, and None takes them away."""
+    x, y = batch(torch.float32)
+    loss, weight, late = make().eval(), torch.rand(C) + 0.5, rebalance.DeferredReweighting(COUNTS, 3)
+    without = loss(x, y)
+    for kind, key in (
+        (weight, "weight"),
+        (late, "weight.weight"),
+        (nn.Parameter(weight, requires_grad=False), "weight"),
+        (late, "weight.weight"),
+        (weight, "weight"),
+    ):
+        loss.weight = kind
+        for epoch in (3, 0):  # with and without a schedule's weights
+            loss.set_epoch(epoch)
+            expected = late() if kind is late else weight
+            assert torch.equal(loss.state_dict()[key], expected)
+            assert loss(x, y) == make(weight=expected.clone()).eval()(x, y)
+        assert len(list(loss.parameters())) == isinstance(kind, nn.Parameter)
+        assert ("weight" in loss.state_dict()) == (kind is not late)
+    assert loss(x, y) != without
+    loss.weight = None
+    assert not [name for name in loss.state_dict() if name.startswith("weight")]
+    assert loss(x, y) == without
+    loss.weight = [1.0] * C
+    with pytest.raises(TypeError, match=r"weight: expected a torch.Tensor, found list"):
+        loss(x, y)
+    with pytest.raises(TypeError, match=r"weight: expected a torch.Tensor, found list"):
+        make(weight=[1.0] * C)
+
+
+@each_stateful
 def test_half_leaves_a_state_alone(make: Callable[..., nn.Module]) -> None:
     loss = make(weight=torch.rand(C)).half()
     assert loss.weight.dtype == torch.float32

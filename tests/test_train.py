@@ -223,6 +223,7 @@ def test_losses_are_the_plain_ones(name: str, epoch: int) -> None:
     method = longtail_methods.METHODS[name]
     loss = method.build(counts, settings(name, epochs=10))
     loss.set_epoch(epoch)
+    loss = method.exact(loss)
     logits = torch.randn(64, 6)
     logits = torch.tanh(logits) if method.cosine else 5 * logits
     longtail_methods.check_agreement(logits, torch.arange(64) % 6, loss, method.plain(counts, loss))
@@ -233,6 +234,20 @@ def test_agreement_is_really_checked() -> None:
     ce, la = (longtail_methods.METHODS[name].build(counts, settings(name)) for name in ("ce", "la"))
     with pytest.raises(AssertionError):
         longtail_methods.check_agreement(torch.randn(8, 3), torch.arange(8) % 3, ce, la)
+
+
+def test_equalization_draws_of_the_few_shot_classes_alone() -> None:
+    counts = torch.tensor([12438, 900, 101, 20, 19, 1])
+    method = longtail_methods.METHODS["equalization"]
+    loss = method.build(counts, settings("equalization"))
+    assert loss.rare.tolist() == [False] * 4 + [True] * 2
+    assert loss.gamma == 0.9 and method.exact(loss).gamma == 1.0 and loss.gamma == 0.9
+    logits, labels = torch.randn(512, 6), torch.arange(512) % 6
+    for loss_fn in (loss, method.plain(counts, loss)):  # a tenth of what they would get stays: 427 rows, 4 deviations
+        leaf = logits.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_fn(leaf, labels), leaf)
+        share = [float((gradient[labels != c, c] != 0).double().mean()) for c in range(6)]
+        assert share[:4] == [1.0] * 4 and all(0.04 < part < 0.16 for part in share[4:])
 
 
 def test_ldam_weights_start_late() -> None:
@@ -257,6 +272,15 @@ def test_models_give_a_logit_a_class(
     logits = Classifier(data, cosine=cosine)(*Batches(data).batch(torch.tensor([3, 1, 2])))
     assert logits.shape == (3, data.num_classes) and logits.isfinite().all()
     assert not cosine or logits.abs().max() <= 1 + 1e-6
+
+
+def test_sigmoids_start_at_one_of_all_classes(load: Callable[[str], longtail_data.LongTailData]) -> None:
+    data = load("digits")
+    of_sigmoids = {name for name in longtail_methods.METHODS if longtail_methods.METHODS[name].sigmoid}
+    assert of_sigmoids == {"sigmoid-focal", "cb-sigmoid"}
+    for name in ("ce", *of_sigmoids):
+        bias = longtail_run.Run(settings(name), data, Batches(data)).model.head.bias
+        assert torch.allclose(bias.sigmoid(), torch.tensor(0.1)) == (name in of_sigmoids)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -1,4 +1,13 @@
-"""What every loss module shares: settings, class tables as buffers, options, checks, epochs, repr and the call."""
+"""What loss modules share: epochs, tables that may be assigned, settings, and the softmax losses' call.
+
+=======================  ==============================================================================================
+class                    for
+=======================  ==============================================================================================
+`LossModule`             every loss: ``set_epoch``, buffers that keep their precision
+`WeightedLossModule`     losses whose class weights may be assigned, a schedule among them
+`AdjustedCrossEntropy`   losses that are parameters of :func:`ltkernels.functional.cross_entropy`
+=======================  ==============================================================================================
+"""
 
 from __future__ import annotations
 
@@ -32,9 +41,6 @@ class WeightedOptions(Options, total=False):
     """The same for losses that leave the class weights to the caller."""
 
     weight: Tensor | DeferredReweighting | None
-
-
-_TABLES = ("weight", "class_scale", "class_bias", "class_margin", "label_smoothing")
 
 
 def _described(name: str, value: object) -> str:
@@ -79,9 +85,45 @@ class Setting:
             setattr(module, self._attribute, arg.number(self._name, value, 0.0, math.inf, open_low=self._open_low))
 
 
-class AdjustedCrossEntropy(ClassTableModule):
-    """What the losses share: tables as buffers, the common options, checks, epochs, repr and the call."""
+class LossModule(ClassTableModule):
+    """What every loss is: a module with tables, which is told of epochs."""
 
+    def set_epoch(self, epoch: int) -> None:
+        """Tells a schedule which epoch starts, counted from 0; without a schedule nothing changes.
+
+        Call it before the first step of every epoch (in Lightning, in ``on_train_epoch_start``).
+        """
+        for part in self.children():
+            if isinstance(part, DeferredReweighting):
+                part.set_epoch(epoch)
+
+
+class WeightedLossModule(LossModule):
+    """A loss with class weights: a tensor, a parameter, a schedule or None, which may be assigned."""
+
+    _tables: ClassVar[tuple[str, ...]] = ("weight",)
+    weight: Tensor | DeferredReweighting | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lets a table become a buffer, a parameter, a schedule or None, whatever it was; nn.Module keeps the kind."""
+        if name in self._tables and not hasattr(type(self), name):  # torch's parametrizations make it a property
+            for registry in (vars(self), self._parameters, self._buffers, self._modules):
+                registry.pop(name, None)
+            if value is None or (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
+                self.register_buffer(name, value)
+                return
+        super().__setattr__(name, value)
+
+    def _class_weight(self) -> Tensor | None:
+        """The class weights of the current epoch."""
+        weight = self._buffers["weight"] if "weight" in self._buffers else self.weight  # a buffer is found last
+        return weight() if isinstance(weight, DeferredReweighting) else weight
+
+
+class AdjustedCrossEntropy(WeightedLossModule):
+    """The common options, checks, repr and the call."""
+
+    _tables = ("weight", "class_scale", "class_bias", "class_margin", "label_smoothing")
     _shown: ClassVar[tuple[str, ...]] = ()  # attributes of the method, always in the repr
     _defaults: ClassVar[Mapping[str, object]] = {  # options, in the repr where they differ from this
         "weight": None,
@@ -95,7 +137,6 @@ class AdjustedCrossEntropy(ClassTableModule):
         "inplace": False,
     }
     class_counts: Tensor | None
-    weight: Tensor | DeferredReweighting | None
     class_scale: Tensor | None
     class_bias: Tensor | None
     class_margin: Tensor | float | None
@@ -145,16 +186,6 @@ class AdjustedCrossEntropy(ClassTableModule):
         self._find_absent_classes()
         self._check()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Lets a table become a buffer, a parameter, a schedule or None, whatever it was; nn.Module keeps the kind."""
-        if name in _TABLES and not hasattr(type(self), name):  # torch's parametrizations make it a property
-            for registry in (vars(self), self._parameters, self._buffers, self._modules):
-                registry.pop(name, None)
-            if value is None or (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
-                self.register_buffer(name, value)
-                return
-        super().__setattr__(name, value)
-
     def forward(self, input: Tensor, target: Target, sample_weight: Tensor | None = None) -> Tensor:
         """The loss.
 
@@ -173,14 +204,6 @@ class AdjustedCrossEntropy(ClassTableModule):
             self._refuse_absent_classes(target)
         return loss
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tells a schedule which epoch starts, counted from 0; without a schedule nothing changes.
-
-        Call it before the first step of every epoch (in Lightning, in ``on_train_epoch_start``).
-        """
-        if isinstance(self.weight, DeferredReweighting):
-            self.weight.set_epoch(epoch)
-
     def extra_repr(self) -> str:
         parts = [_described(name, getattr(self, name)) for name in self._shown]
         if self.class_counts is not None:
@@ -196,10 +219,9 @@ class AdjustedCrossEntropy(ClassTableModule):
     def _arguments(self) -> dict[str, Any]:
         # Spelt out for speed: nn.Module finds a buffer after all else, and a loop over the names takes as long again.
         buffers = self._buffers
-        weight = buffers["weight"] if "weight" in buffers else self.weight
         reduction = self.reduction
         return {
-            "weight": weight() if isinstance(weight, DeferredReweighting) else weight,
+            "weight": self._class_weight(),
             "class_scale": buffers["class_scale"] if "class_scale" in buffers else self.class_scale,
             "class_bias": buffers["class_bias"] if "class_bias" in buffers else self.class_bias,
             "class_margin": buffers["class_margin"] if "class_margin" in buffers else self.class_margin,
@@ -224,7 +246,7 @@ class AdjustedCrossEntropy(ClassTableModule):
         arguments: dict[str, Any] = {
             name: v.detach().cpu() if isinstance(v, Tensor) else v for name, v in self._arguments().items()
         }
-        tables = [self.class_counts, *(arguments[name] for name in _TABLES)]
+        tables = [self.class_counts, *(arguments[name] for name in self._tables)]
         num_classes = next((len(table) for table in tables if isinstance(table, Tensor) and table.ndim == 1), 1)
         logits, labels = torch.empty(0, num_classes, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
         functional.cross_entropy(logits, labels, **arguments)

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from ltkernels import arguments as arg
 from ltkernels import functional, rebalance
-from ltkernels.rebalance import ClassCounts, ClassTableModule
+from ltkernels.losses.base import LossModule
+from ltkernels.rebalance import ClassCounts
 from ltkernels.reference.lade import offsets
 
+__all__ = ["LADELoss"]
 
-class LADELoss(ClassTableModule):
+
+class LADELoss(LossModule):
     """Prior cross-entropy and ``weight`` times LADE's regulariser, which disentangles the logits from the prior.
 
     At evaluation add the log prior of the test data to the logits (``rebalance.adjust_logits`` with ``target_prior``);

@@ -15,7 +15,8 @@ from typing_extensions import Unpack
 
 from ltkernels import arguments as arg
 from ltkernels import functional, rebalance
-from ltkernels.rebalance import ClassCounts, ClassTableModule, DeferredReweighting
+from ltkernels.losses.base import WeightedLossModule
+from ltkernels.rebalance import ClassCounts, DeferredReweighting
 
 __all__ = ["SeesawLoss", "SoftmaxEqualizationLoss"]
 
@@ -31,11 +32,10 @@ class PairOptions(TypedDict, total=False):
     empty: str
 
 
-class _PairLoss(ClassTableModule):
-    """What the losses share: options, the epochs of a schedule of weights, repr."""
+class _PairLoss(WeightedLossModule):
+    """What the losses share: options, checks and repr."""
 
     _shown: ClassVar[tuple[str, ...]] = ()
-    weight: Tensor | DeferredReweighting | None
 
     def __init__(
         self,
@@ -48,25 +48,16 @@ class _PairLoss(ClassTableModule):
         empty: str = "nan",
     ) -> None:
         super().__init__()
-        if isinstance(weight, DeferredReweighting):
-            self.weight = weight
-        else:
-            self.register_buffer("weight", weight)
+        self.weight = weight
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.scale = scale
         self.denominator = denominator
         self.empty = empty
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tells a schedule of the weights which epoch starts, counted from 0."""
-        if isinstance(self.weight, DeferredReweighting):
-            self.weight.set_epoch(epoch)
-
     def _options(self) -> dict[str, Any]:
-        weight = self.weight
         return {
-            "weight": weight() if isinstance(weight, DeferredReweighting) else weight,
+            "weight": self._class_weight(),
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
             "scale": self.scale,

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ltkernels import arguments as arg
 from ltkernels import functional
+from ltkernels.losses.base import LossModule
 
 __all__ = ["DistillationLoss"]
 
 
-class DistillationLoss(nn.Module):
+class DistillationLoss(LossModule):
     """Divergence of the student from its teacher at temperature ``T`` and, with labels, cross-entropy at 1.
 
     The defaults are Hinton's. Published methods are arguments:
 
     * balanced knowledge distillation: ``class_weight``, the effective-number weights with ``beta=0.9999``;
-    * DiVE: ``power=0.5``, ``alpha`` and ``ce_weight=1 - alpha``, a teacher that was trained with balanced softmax;
+    * DiVE: ``power=0.5``, ``alpha`` and ``ce_weight=1 - alpha``, ``class_bias`` the logarithms of the class counts, a
+      teacher that was trained with balanced softmax;
     * an expert of LFME: ``class_mask`` of its classes, ``temperature_scale=False``;
     * RIDE's distillation: ``T=1.5``, without labels.
 
@@ -31,6 +33,7 @@ class DistillationLoss(nn.Module):
             again, so that a common factor changes nothing.
         power: > 0, to which the teacher's probabilities are raised.
         class_mask: ``(C,)`` bool: the classes of the divergence; None for all.
+        class_bias: ``(C,)``, added to the student's logits in the cross-entropy alone; finite or -inf.
         temperature_scale: multiply the divergence by ``T ** 2``.
         ignore_index: label of rows without cross-entropy; they distil all the same.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``; the mean divides the divergence by the number of rows and the
@@ -46,8 +49,7 @@ class DistillationLoss(nn.Module):
 
     Example:
         >>> import torch, ltkernels as ltk
-        >>> from ltkernels.losses_distillation import DistillationLoss
-        >>> criterion = DistillationLoss(class_weight=torch.tensor([0.2, 0.8, 2.0]))
+        >>> criterion = ltk.losses.DistillationLoss(class_weight=torch.tensor([0.2, 0.8, 2.0]))
         >>> student, teacher = torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([[1.0, 1.0, 0.0]])
         >>> criterion(student, teacher, torch.tensor([0]))
         tensor(3.0680)
@@ -57,6 +59,7 @@ class DistillationLoss(nn.Module):
     """
 
     class_mask: Tensor | None
+    class_bias: Tensor | None
     teacher_bias: Tensor | None
 
     def __init__(
@@ -68,6 +71,7 @@ class DistillationLoss(nn.Module):
         class_weight: Tensor | None = None,
         power: float = 1.0,
         class_mask: Tensor | None = None,
+        class_bias: Tensor | None = None,
         temperature_scale: bool = True,
         ignore_index: int = -100,
         reduction: str = "mean",
@@ -77,11 +81,10 @@ class DistillationLoss(nn.Module):
         self.power = arg.number("power", power, 0.0, math.inf, open_low=True)
         self.alpha, self.ce_weight = alpha, ce_weight
         self.temperature_scale, self.ignore_index, self.reduction = temperature_scale, ignore_index, reduction
-        self.register_buffer("class_mask", class_mask)
+        for name, table in (("class_mask", class_mask), ("class_bias", class_bias)):
+            self.register_buffer(name, None if table is None else arg.tensor(name, table))
         self.register_buffer("teacher_bias", None if class_weight is None else _log_weight(class_weight))
-        tables = [table for table in (class_mask, class_weight) if table is not None]
-        none = torch.zeros(0, len(tables[0]) if tables else 1)
-        self.forward(none, none)  # what a call would refuse
+        self._check()
 
     def forward(
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, sample_weight: Tensor | None = None
@@ -105,6 +108,7 @@ class DistillationLoss(nn.Module):
             teacher_bias=self.teacher_bias,
             class_mask=self.class_mask,
             target=target,
+            class_bias=None if target is None else self.class_bias,
             alpha=self.alpha,
             ce_weight=self.ce_weight,
             temperature_scale=self.temperature_scale,
@@ -115,11 +119,17 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"{name}={getattr(self, name)!r}" for name in ("T", "alpha", "ce_weight", "power")]
-        tables = {"class_weight": self.teacher_bias, "class_mask": self.class_mask}
+        tables = {"class_weight": self.teacher_bias, "class_mask": self.class_mask, "class_bias": self.class_bias}
         parts += [f"{name}={tuple(table.shape)}" for name, table in tables.items() if table is not None]
         if not self.temperature_scale:
             parts.append("temperature_scale=False")
         return ", ".join(parts)
+
+    def _check(self) -> None:
+        """Calls the loss with no rows: what the call would refuse is refused by the constructor, in the same words."""
+        table = next(self.buffers(), torch.empty(1, device="cpu"))
+        logits = torch.empty(0, table.numel(), device=table.device)
+        self.forward(logits, logits, torch.empty(0, dtype=torch.int64, device=table.device))
 
 
 def _log_weight(class_weight: Tensor) -> Tensor:

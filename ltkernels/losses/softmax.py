@@ -1,4 +1,4 @@
-"""Softmax losses for long-tailed data: each is a set of parameters of :func:`ltkernels.functional.cross_entropy`.
+"""Softmax losses whose adjustments are class tables: parameters of :func:`ltkernels.functional.cross_entropy`.
 
 All of them compute ``u_ij = scale * (class_scale_j * x_ij + class_bias_j - class_margin_y [j = y])`` and the cross
 entropy of ``u``:
@@ -16,23 +16,9 @@ loss                     parameters
 `ClassBalancedLoss`      ``weight`` by effective number, divided by the number of rows
 =======================  ==============================================================================================
 
-The adjustments belong to training and are part of the loss in ``train()`` and ``eval()`` mode alike: a loss printed
-on validation data is the adjusted one. Predict from the logits as they are, without bias, scale or margin.
-
 A class with count 0 has weight 0, margin 0 and scale 1, and, where the loss has a bias, bias -inf, which takes it out
 of the softmax. LDAM and the class-balanced loss have no bias: there it stays in the softmax as a class that no label
 names, as published. As a label it is an error on the CPU, in every loss.
-
-Losses whose adjustments depend on more than the label's class:
-
-* `ArcFaceLoss`, `LabelAwareSmoothingLoss`, `InfluenceBalancedLoss` (in `losses_rows`): margins on the angle, smoothing
-  by class, a factor by the influence of the row;
-* `SeesawLoss`, `SoftmaxEqualizationLoss` (in `losses_pairs`): a term for each pair of label and class, and a state
-  that training moves on;
-* `LADELoss` (in `losses_lade`), whose sums run down the columns too;
-* `DistillationLoss` (in `losses_distillation`), towards a teacher;
-* sigmoid losses, each class for itself (in `losses_sigmoid`): `ClassBalancedSigmoidLoss`, `SigmoidFocalLoss`,
-  `AsymmetricLoss`, `EqualizationLoss`, `EqualizationLossV2`, `DropLoss`, `ACSLLoss`, `FederatedLoss`.
 
 ``gamma`` of a focal factor, ``margin`` of `CosFaceLoss` and ``s`` of `LDAMLoss` may be assigned between steps, as
 schedules do. Settings that went into a table (``tau``, ``max_m``, ``beta``, the ``gamma`` of `VSLoss`) are read-only.
@@ -50,46 +36,17 @@ from typing_extensions import Unpack
 
 from ltkernels import arguments as arg
 from ltkernels import rebalance
-from ltkernels.loss_base import AdjustedCrossEntropy, Options, Setting, WeightedOptions
-from ltkernels.losses_distillation import DistillationLoss
-from ltkernels.losses_lade import LADELoss
-from ltkernels.losses_pairs import SeesawLoss, SoftmaxEqualizationLoss
-from ltkernels.losses_rows import ArcFaceLoss, InfluenceBalancedLoss, LabelAwareSmoothingLoss
-from ltkernels.losses_sigmoid import (
-    ACSLLoss,
-    AsymmetricLoss,
-    ClassBalancedSigmoidLoss,
-    DropLoss,
-    EqualizationLoss,
-    EqualizationLossV2,
-    FederatedLoss,
-    SigmoidFocalLoss,
-)
+from ltkernels.losses.base import AdjustedCrossEntropy, Options, Setting, WeightedOptions
 from ltkernels.rebalance import ClassCounts, DeferredReweighting
 
 __all__ = [
-    "ACSLLoss",
-    "ArcFaceLoss",
-    "AsymmetricLoss",
     "BalancedSoftmaxLoss",
     "ClassBalancedLoss",
-    "ClassBalancedSigmoidLoss",
     "CosFaceLoss",
     "CrossEntropyLoss",
-    "DistillationLoss",
-    "DropLoss",
-    "EqualizationLoss",
-    "EqualizationLossV2",
-    "FederatedLoss",
     "FocalLoss",
-    "InfluenceBalancedLoss",
-    "LADELoss",
     "LDAMLoss",
-    "LabelAwareSmoothingLoss",
     "LogitAdjustedLoss",
-    "SeesawLoss",
-    "SigmoidFocalLoss",
-    "SoftmaxEqualizationLoss",
     "VSLoss",
 ]
 

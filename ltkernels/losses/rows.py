@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ltkernels import arguments as arg
 from ltkernels import functional, rebalance
 from ltkernels.functional.row_cross_entropy import Target
-from ltkernels.loss_base import AdjustedCrossEntropy, Options, Setting, WeightedOptions
+from ltkernels.losses.base import AdjustedCrossEntropy, Options, Setting, WeightedOptions
 from ltkernels.rebalance import ClassCounts, DeferredReweighting
 
 __all__ = ["ArcFaceLoss", "InfluenceBalancedLoss", "LabelAwareSmoothingLoss"]

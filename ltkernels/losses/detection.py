@@ -1,11 +1,8 @@
-"""Sigmoid losses for long-tailed data: parameters of :func:`ltkernels.functional.binary_cross_entropy`.
+"""Sigmoid losses of long-tailed detection: which negatives push the sigmoid of a rare class down.
 
 ========================== =============================================================================================
-loss                       parameters
+loss                       parameters of :func:`ltkernels.functional.binary_cross_entropy`
 ========================== =============================================================================================
-`ClassBalancedSigmoidLoss` ``weight`` by effective number, ``focal_gamma``
-`SigmoidFocalLoss`         ``focal_gamma``, ``focal_alpha``
-`AsymmetricLoss`           ``focal_gamma=(gamma_pos, gamma_neg)``, ``clip``
 `EqualizationLoss`         ``foreground_keep`` 0 for rare classes
 `EqualizationLossV2`       ``pos_weight`` and ``neg_weight`` from the gradients so far
 `DropLoss`                 ``foreground_keep`` 0 and ``background_keep`` the batch's share of rare classes, for these
@@ -13,233 +10,27 @@ loss                       parameters
 `FederatedLoss`            ``neg_weight`` 1 for a random subset of the classes
 ========================== =============================================================================================
 
-Losses of detection call rows without an object background. Their label is C, the number of classes, with or without a
-column of its own; each loss says which.
-
-Published code starts the bias of the last layer so that all sigmoids are small: at ``-log(C - 1)`` (class-balanced
-sigmoid) or ``-log((1 - 0.001) / 0.001)`` (equalization losses).
+Rows without an object are called background. Their label is C, the number of classes, with or without a column of its
+own; each loss says which.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ltkernels import arguments as arg
-from ltkernels import functional, rebalance
+from ltkernels import functional
 from ltkernels.class_counts import ClassCounts, as_class_counts
-from ltkernels.rebalance import ClassTableModule
+from ltkernels.losses.sigmoid import SigmoidLoss, SigmoidOptions
 
-__all__ = [
-    "ACSLLoss",
-    "AsymmetricLoss",
-    "ClassBalancedSigmoidLoss",
-    "DropLoss",
-    "EqualizationLoss",
-    "EqualizationLossV2",
-    "FederatedLoss",
-    "SigmoidFocalLoss",
-]
+__all__ = ["ACSLLoss", "DropLoss", "EqualizationLoss", "EqualizationLossV2", "FederatedLoss"]
 
 RARE_FREQUENCY = 1.77e-3  # of images: the lambda of the equalization and drop losses, for LVIS
-
-
-class SigmoidOptions(TypedDict, total=False):
-    """Keyword arguments that every loss here has: see :func:`ltkernels.functional.binary_cross_entropy`."""
-
-    ignore_index: int
-    reduction: str
-    denominator: str | float | Tensor
-    empty: str
-
-
-class _SigmoidLoss(ClassTableModule):
-    """Options, checks, repr and the call."""
-
-    _shown: ClassVar[tuple[str, ...]] = ()
-    _denominator: ClassVar[str] = "count"  # of the published code
-
-    def __init__(self, columns: int, **options: Unpack[SigmoidOptions]) -> None:
-        """``columns``: of the logits that the loss takes, as far as its tables say."""
-        super().__init__()
-        self._columns = columns
-        self.ignore_index = options.pop("ignore_index", -100)
-        self.reduction = options.pop("reduction", "mean")
-        self.denominator = options.pop("denominator", self._denominator)
-        self.empty = options.pop("empty", "nan")
-        if options:
-            raise TypeError(f"{type(self).__name__}: found an unexpected argument {next(iter(options))!r}")
-
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss.
-
-        Args:
-            input: logits, ``(N, C)`` or ``(N, C, d1, ...)``; float64, float32, bfloat16 or float16.
-            target: labels of any integer type; or, where the loss is not about rows of background, multi-hot targets.
-            sample_weight: a factor on the loss of each row, of the labels' shape.
-
-        Returns:
-            A 0-d tensor, or the labels' shape with ``reduction="none"``; float64 for float64 logits, else float32.
-        """
-        arguments = self._options() | self._parameters_of(input, target)
-        loss: Tensor = functional.binary_cross_entropy(input, target, sample_weight=sample_weight, **arguments)
-        return loss
-
-    def extra_repr(self) -> str:
-        parts = [f"{name}={getattr(self, name)!r}" for name in self._shown]
-        defaults = (("ignore_index", -100), ("reduction", "mean"), ("denominator", self._denominator), ("empty", "nan"))
-        for name, default in defaults:
-            value = getattr(self, name)
-            if isinstance(value, Tensor) or value != default:
-                parts.append(f"{name}={value!r}")
-        return ", ".join(parts)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
-            # Libraries set `loss.reduction = "none"` on a loss they were given; a denominator is for the mean alone.
-            "denominator": self.denominator if self.reduction == "mean" else "count",
-            "empty": self.empty,
-        }
-
-    def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        """The method's arguments, for these logits and labels."""
-        return {}
-
-    def _check(self) -> None:
-        """Calls the loss with no rows: what the call would refuse is refused by the constructor, in the same words."""
-        logits, labels = torch.empty(0, self._columns), torch.empty(0, dtype=torch.int64)
-        options = self._options()
-        if isinstance(options["denominator"], Tensor):
-            options["denominator"] = options["denominator"].detach().cpu()
-        functional.binary_cross_entropy(logits, labels, **(options | self._parameters_of(logits, labels)))
-
-
-class ClassBalancedSigmoidLoss(_SigmoidLoss):
-    """Sigmoid cross-entropy weighted by the effective number of samples of the row's label, on all its columns.
-
-    Args:
-        class_counts: training samples of each class, ``(C,)``.
-        beta: in ``[0, 1)``; 0.9999 on long-tailed CIFAR.
-        gamma: exponent of a focal factor, at least 0; 0 is the sigmoid loss, the published focal loss has 1.
-        **options: ``ignore_index``, ``reduction``, ``denominator`` (by default ``"count"``, as published) and
-            ``empty``, as of :func:`ltkernels.functional.binary_cross_entropy`.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument has a wrong value or shape.
-
-    Example:
-        >>> import torch, ltkernels as ltk
-        >>> from ltkernels.losses_sigmoid import ClassBalancedSigmoidLoss
-        >>> criterion = ClassBalancedSigmoidLoss([900, 90, 10], beta=0.999)
-        >>> criterion(torch.zeros(2, 3), torch.tensor([0, 2]))
-        tensor(2.8007)
-
-    Source:
-        Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, equations 8 and 10.
-    """
-
-    _shown = ("beta", "gamma")
-    weight: Tensor
-
-    def __init__(
-        self,
-        class_counts: ClassCounts,
-        beta: float = 0.9999,
-        gamma: float = 0.0,
-        **options: Unpack[SigmoidOptions],
-    ) -> None:
-        weight = rebalance.effective_number_weight(class_counts, beta)
-        super().__init__(len(weight), **options)
-        self.register_buffer("weight", weight)
-        self.beta, self.gamma = float(beta), gamma
-        self._check()
-
-    def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        return {"weight": self.weight, "focal_gamma": self.gamma}
-
-
-class SigmoidFocalLoss(_SigmoidLoss):
-    """Sigmoid focal loss: ``alpha (1 - p)^gamma`` on positives and ``(1 - alpha) p^gamma`` on negatives.
-
-    Args:
-        gamma: at least 0.
-        alpha: in [0, 1]; None for no factor.
-        **options: ``ignore_index``, ``reduction``, ``denominator`` (by default ``"elements"``) and ``empty``.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument has a wrong value.
-
-    Example:
-        >>> import torch, ltkernels as ltk
-        >>> from ltkernels.losses_sigmoid import SigmoidFocalLoss
-        >>> SigmoidFocalLoss()(torch.zeros(1, 2), torch.tensor([[1, 0]]))
-        tensor(0.0866)
-
-    Source:
-        Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, equation 5. The paper divides by the number of
-        anchors with an object: give that as ``denominator``.
-    """
-
-    _shown = ("gamma", "alpha")
-    _denominator = "elements"
-
-    def __init__(self, gamma: float = 2.0, alpha: float | None = 0.25, **options: Unpack[SigmoidOptions]) -> None:
-        super().__init__(1, **options)
-        self.gamma, self.alpha = gamma, alpha
-        self._check()
-
-    def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        return {"focal_gamma": self.gamma, "focal_alpha": self.alpha}
-
-
-class AsymmetricLoss(_SigmoidLoss):
-    """Asymmetric loss: its own focal exponent for negatives, whose probability is shifted down by ``clip``.
-
-    Args:
-        gamma_pos: exponent for positives, at least 0.
-        gamma_neg: exponent for negatives, at least 0.
-        clip: in [0, 1): negatives below this probability are lost.
-        **options: ``ignore_index``, ``reduction``, ``denominator`` (by default ``"elements"``) and ``empty``.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument has a wrong value.
-
-    Example:
-        >>> import torch, ltkernels as ltk
-        >>> from ltkernels.losses_sigmoid import AsymmetricLoss
-        >>> AsymmetricLoss()(torch.zeros(1, 2), torch.tensor([[1, 0]]))
-        tensor(0.3588)
-
-    Source:
-        Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, equations 5 to 7. The gradient flows
-        through the factors; the paper's own code can hold them constant.
-    """
-
-    _shown = ("gamma_pos", "gamma_neg", "clip")
-    _denominator = "elements"
-
-    def __init__(
-        self,
-        gamma_pos: float = 0.0,
-        gamma_neg: float = 4.0,
-        clip: float = 0.05,
-        **options: Unpack[SigmoidOptions],
-    ) -> None:
-        super().__init__(1, **options)
-        self.gamma_pos, self.gamma_neg, self.clip = gamma_pos, gamma_neg, clip
-        self._check()
-
-    def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        return {"focal_gamma": (self.gamma_pos, self.gamma_neg), "clip": self.clip}
 
 
 def _rare_classes(class_counts: ClassCounts, num_images: float | None, threshold: float) -> Tensor:
@@ -249,7 +40,7 @@ def _rare_classes(class_counts: ClassCounts, num_images: float | None, threshold
     return counts / images < arg.number("threshold", threshold, 0.0, math.inf)
 
 
-class EqualizationLoss(_SigmoidLoss):
+class EqualizationLoss(SigmoidLoss):
     """Equalization loss: rows with an object do not push down the sigmoids of rare classes other than the label.
 
     The logits have C columns; the label C is for rows of background, which push all classes down.
@@ -266,8 +57,7 @@ class EqualizationLoss(_SigmoidLoss):
 
     Example:
         >>> import torch, ltkernels as ltk
-        >>> from ltkernels.losses_sigmoid import EqualizationLoss
-        >>> criterion = EqualizationLoss([9000, 990, 10])
+        >>> criterion = ltk.losses.EqualizationLoss([9000, 990, 10])
         >>> criterion(torch.zeros(2, 3), torch.tensor([0, 3]))  # 2 terms of the first row and 3 of the second
         tensor(1.7329)
 
@@ -295,7 +85,7 @@ class EqualizationLoss(_SigmoidLoss):
         return {"background_index": self._columns, "foreground_keep": self.foreground_keep}
 
 
-class EqualizationLossV2(_SigmoidLoss):
+class EqualizationLossV2(SigmoidLoss):
     r"""Equalization loss v2: a class's terms are weighted by the balance of its gradients so far.
 
     With the sums :math:`P_c` and :math:`N_c` of the sizes of the weighted gradients of positives and negatives over all
@@ -320,8 +110,7 @@ class EqualizationLossV2(_SigmoidLoss):
 
     Example:
         >>> import torch, ltkernels as ltk
-        >>> from ltkernels.losses_sigmoid import EqualizationLossV2
-        >>> criterion = EqualizationLossV2(3)
+        >>> criterion = ltk.losses.EqualizationLossV2(3)
         >>> logits, labels = torch.zeros(4, 3), torch.tensor([0, 0, 0, 1])
         >>> first = criterion(logits, labels)
         >>> [round(weight, 3) for weight in criterion.weights()[1].tolist()]  # of negatives: 1 for the frequent class
@@ -354,8 +143,8 @@ class EqualizationLossV2(_SigmoidLoss):
         self.alpha = arg.number("alpha", alpha, 0.0, math.inf)
         self.process_group = process_group
         # float64: in float32 a sum of 2^24 would not grow by what a step adds.
-        self.register_buffer("pos_grad", torch.zeros(num_classes, dtype=torch.float64))
-        self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("pos_grad", torch.zeros(num_classes, dtype=torch.float64, device="cpu"))
+        self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64, device="cpu"))
         self._check()
 
     def weights(self) -> tuple[Tensor, Tensor]:
@@ -389,7 +178,28 @@ class EqualizationLossV2(_SigmoidLoss):
         return {"pos_weight": positive, "neg_weight": negative}
 
 
-class DropLoss(_SigmoidLoss):
+class _DrawnLoss(SigmoidLoss):
+    """A loss that draws: the numbers depend on seed and step alone."""
+
+    step: Tensor
+
+    def __init__(self, columns: int, seed: int, **options: Unpack[SigmoidOptions]) -> None:
+        super().__init__(columns, **options)
+        self.seed = seed
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss, as of the other losses here; in ``train()`` mode the next call draws anew."""
+        loss = super().forward(input, target, sample_weight)
+        if self.training:
+            self.step = self.step + 1  # not in place: the backward draws again
+        return loss
+
+    def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+        return {"seed": self.seed, "step": self.step}
+
+
+class DropLoss(_DrawnLoss):
     """Drop loss: like equalization, and rows of background push rare classes down only now and then.
 
     A rare negative of a background row is kept with a probability that is the share of rare classes among the batch's
@@ -408,8 +218,8 @@ class DropLoss(_SigmoidLoss):
 
     Example:
         >>> import torch, ltkernels as ltk
-        >>> from ltkernels.losses_sigmoid import DropLoss
-        >>> DropLoss([9000, 990, 10])(torch.zeros(2, 3), torch.tensor([0, 3]))  # no rare class in this batch
+        >>> criterion = ltk.losses.DropLoss([9000, 990, 10])
+        >>> criterion(torch.zeros(2, 3), torch.tensor([0, 3]))  # no rare class in this batch
         tensor(1.3863)
 
     Source:
@@ -418,7 +228,6 @@ class DropLoss(_SigmoidLoss):
 
     _shown = ("threshold", "seed")
     rare: Tensor
-    step: Tensor
 
     def __init__(
         self,
@@ -429,34 +238,24 @@ class DropLoss(_SigmoidLoss):
         **options: Unpack[SigmoidOptions],
     ) -> None:
         rare = _rare_classes(class_counts, num_images, threshold)
-        super().__init__(len(rare), **options)
-        self.threshold, self.seed = float(threshold), seed
+        super().__init__(len(rare), seed, **options)
+        self.threshold = float(threshold)
         self.register_buffer("rare", rare)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._check()
-
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss, as of the other losses here; in ``train()`` mode the next call draws anew."""
-        loss = super().forward(input, target, sample_weight)
-        if self.training:
-            self.step = self.step + 1  # not in place: the backward draws again
-        return loss
 
     def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         labels = target.reshape(-1).long()
         foreground = (labels >= 0) & (labels < self._columns) & (labels != self.ignore_index)
         of_rare = foreground & self.rare[torch.where(foreground, labels, 0)]
         share = of_rare.sum() / foreground.sum().clamp_min(1)
-        return {
+        return super()._parameters_of(input, target) | {
             "background_index": self._columns,
             "foreground_keep": (~self.rare).float(),
             "background_keep": torch.where(self.rare, share, 1.0),
-            "seed": self.seed,
-            "step": self.step,
         }
 
 
-class ACSLLoss(_SigmoidLoss):
+class ACSLLoss(_DrawnLoss):
     """Adaptive class suppression loss: a class is pushed down only by rows that it is confused with.
 
     In rows with an object a negative is kept where its sigmoid reaches ``threshold``. Rows of background keep all
@@ -480,9 +279,8 @@ class ACSLLoss(_SigmoidLoss):
 
     Example:
         >>> import torch, ltkernels as ltk
-        >>> from ltkernels.losses_sigmoid import ACSLLoss
         >>> logits = torch.tensor([[1.0, 2.0, -1.0]])
-        >>> ACSLLoss([900, 90])(logits, torch.tensor([0]))  # the label, and class 1 at 0.88
+        >>> ltk.losses.ACSLLoss([900, 90])(logits, torch.tensor([0]))  # the label, and class 1 at 0.88
         tensor(2.4402)
 
     Source:
@@ -491,7 +289,6 @@ class ACSLLoss(_SigmoidLoss):
 
     _shown = ("threshold", "groups", "keep", "seed")
     background_keep: Tensor
-    step: Tensor
 
     def __init__(
         self,
@@ -503,33 +300,23 @@ class ACSLLoss(_SigmoidLoss):
         **options: Unpack[SigmoidOptions],
     ) -> None:
         counts = as_class_counts(class_counts)
-        super().__init__(len(counts) + 1, **options)
-        self.threshold, self.groups, self.keep, self.seed = threshold, groups, keep, seed
+        super().__init__(len(counts) + 1, seed, **options)
+        self.threshold, self.groups, self.keep = threshold, groups, keep
         kept = torch.where(counts <= groups[0], keep[0], torch.where(counts <= groups[1], keep[1], 1.0))
         self.register_buffer("background_keep", torch.cat([kept, kept.new_ones(1)]).float())
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._check()
 
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        """The loss, as of the other losses here; in ``train()`` mode the next call draws anew."""
-        loss = super().forward(input, target, sample_weight)
-        if self.training:
-            self.step = self.step + 1  # not in place: the backward draws again
-        return loss
-
     def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        return {
+        return super()._parameters_of(input, target) | {
             "background_index": self._columns - 1,
             "foreground_keep": torch.zeros_like(self.background_keep),
             "background_keep": self.background_keep,
             "score_threshold": self.threshold,
             "draws": "row",
-            "seed": self.seed,
-            "step": self.step,
         }
 
 
-class FederatedLoss(_SigmoidLoss):
+class FederatedLoss(SigmoidLoss):
     """Federated loss: only the batch's classes and some others, drawn by their frequency, have negatives.
 
     ``num_sample_classes`` classes take part in a call, or as many as the batch has if that is more; the rest are drawn
@@ -549,8 +336,7 @@ class FederatedLoss(_SigmoidLoss):
 
     Example:
         >>> import torch, ltkernels as ltk
-        >>> from ltkernels.losses_sigmoid import FederatedLoss
-        >>> criterion = FederatedLoss([9000, 990, 10], num_sample_classes=2)
+        >>> criterion = ltk.losses.FederatedLoss([9000, 990, 10], num_sample_classes=2)
         >>> criterion(torch.zeros(2, 3), torch.tensor([0, 3]))  # two classes, whichever the second is
         tensor(1.3863)
 
