@@ -73,13 +73,13 @@ def check_target(logits: Tensor, target: Tensor, name: str = "target") -> None:
         raise TypeError(f"{name}: expected labels of an integer type or floating probabilities, found {dtype}")
 
 
-def _compute_type(logits: Tensor) -> torch.dtype:
+def compute_type(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype is torch.float64 else torch.float32
 
 
 def class_vector(name: str, value: Tensor | float, logits: Tensor, scalar: bool = False) -> Tensor:
     """``(C,)`` parameters in the type the op computes in; with ``scalar`` also one number for all classes, ``(1,)``."""
-    dtype = _compute_type(logits)
+    dtype = compute_type(logits)
     num_classes = logits.shape[1]
     if (
         type(value) is Tensor
@@ -123,7 +123,7 @@ def row_weight(name: str, value: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(f"{name}: expected shape {expected}, one value a row, found {tuple(value.shape)}")
     if value.device != logits.device:
         raise ValueError(f"{name}: expected device {logits.device} as input's, found {value.device}")
-    return value.to(_compute_type(logits)).contiguous()
+    return value.to(compute_type(logits)).contiguous()
 
 
 def integer(name: str, value: int) -> int:

@@ -23,9 +23,7 @@ from ltkernels.bench.peers_rows import ROW_VARIANTS, SEESAW_FIXED
 from ltkernels.bench.scenarios import SCENARIOS, Scenario, make_problem, scenario
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = {
-    v.name: v for v in (*peers.VARIANTS, *ROW_VARIANTS, SEESAW_FIXED, *LADE_VARIANTS, *DISTILLATION_VARIANTS)
-}
+VARIANTS = {v.name: v for v in (*peers.VARIANTS, *ROW_VARIANTS, SEESAW_FIXED, *LADE_VARIANTS, *DISTILLATION_VARIANTS)}
 QUICK = runner.Plan(seconds=0, compile=False, min_rounds=3, max_rounds=3)
 TINY = Scenario(6, 5, "custom")  # few rows, more than one class per row, odd sizes
 

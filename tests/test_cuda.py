@@ -25,6 +25,7 @@ KERNELS = ("tests/test_gpu_kernels.py", "tests/test_sampling_gpu.py")
 LADE = ("tests/test_lade.py",)
 ROWS = ("tests/test_row_cross_entropy.py", "tests/test_row_cross_entropy_autograd.py")
 BINARY = ("tests/test_binary_cross_entropy.py",)
+DISTILLATION = ("tests/test_distillation.py",)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,15 @@ def library() -> Path:
 # Compute capability 9 has clusters, 8 has none: rows then are held by one block, or read twice.
 @pytest.mark.parametrize(
     ("major", "files", "least"),
-    [(9, VALUES, 1500), (9, KERNELS, 400), (8, KERNELS, 400), (9, LADE, 90), (9, BINARY, 60), (9, ROWS, 400)],
+    [
+        (9, VALUES, 1500),
+        (9, KERNELS, 400),
+        (8, KERNELS, 400),
+        (9, LADE, 90),
+        (9, BINARY, 60),
+        (9, DISTILLATION, 55),
+        (9, ROWS, 400),
+    ],
 )
 def test_emulated(library: Path, major: int, files: tuple[str, ...], least: int) -> None:
     environment = os.environ | {"LTK_EMULATED_CUDA": str(library), "LTK_EMULATE_MAJOR": str(major)}

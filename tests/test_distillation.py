@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from cross_entropy_cases import FORMS, GPU_BACKENDS, INTEGERS, Form, each_checking_form, each_form, each_gpu_form
+from cross_entropy_cases import (
+    FLOATS,
+    FORMS,
+    GPU_BACKENDS,
+    INTEGERS,
+    Form,
+    each_checking_form,
+    each_form,
+    each_gpu_form,
+)
 from torch import Tensor
 
 import ltkernels as ltk
@@ -187,6 +196,15 @@ def test_strides_and_types_of_the_two_sides(form: Form, layout: str, inner: tupl
 
 
 @each_form
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+def test_a_teacher_of_another_type(form: Form, dtype: torch.dtype) -> None:
+    z, t = logits(4, 300), logits(4, 300, dtype=dtype)
+    for student in FLOATS:
+        x = z.to(student)
+        assert_near(evaluate(form, x, t, T=2.0), evaluate(None, x, t, T=2.0), student)
+
+
+@each_form
 @pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype)[6:])
 def test_label_types(form: Form, dtype: torch.dtype) -> None:
     """Class 3 is ignored: also an index that unsigned types have. Every second of a longer tensor of labels."""
@@ -295,6 +313,14 @@ def test_nan_empty_ignored(form: Form) -> None:
         ignored = torch.full((3,), -100)
         with_labels = distillation_loss(z, t, target=ignored, reduction="none")
         torch.testing.assert_close(with_labels, distillation_loss(z, t, reduction="none"), rtol=0, atol=0)
+
+
+@each_form
+def test_ignored_rows_distil_whatever_e_of_their_logits_is(form: Form) -> None:
+    """e^200 is infinite, in the cross-entropy that these rows have not; 0 of it would be NaN."""
+    z, t = logits(4, 9, dtype=torch.float32) + 200.0, logits(4, 9, dtype=torch.float32)
+    loss, gradient = evaluate(form, z, t, target=torch.full((4,), -100), reduction="sum")
+    assert_near((loss, gradient), evaluate(None, z, t, reduction="sum"), torch.float32)
 
 
 @each_gpu_form

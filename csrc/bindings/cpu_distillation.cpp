@@ -154,29 +154,16 @@ void at_unit_stride(OptionalTensor& labels) {
   if (labels && !labels->is_contiguous()) labels = torch::stable::contiguous(*labels);
 }
 
-std::tuple<Tensor, Tensor, Tensor> distillation_forward(Tensor input, Tensor teacher, OptionalTensor target,
-                                                        OptionalTensor student_bias, OptionalTensor teacher_bias,
-                                                        OptionalTensor class_bias, OptionalTensor sample_weight,
-                                                        int64_t ignore_index, int64_t reduction, double student_scale,
-                                                        double teacher_scale, double kd_weight, double ce_weight,
-                                                        bool with_gradient) {
+std::tuple<Tensor, Tensor, Tensor> distillation_forward(LTK_DISTILLATION_PARAMETERS, bool with_gradient) {
   at_unit_stride(target);
-  const DistillationArguments a{input,         teacher,       target,       student_bias, teacher_bias,
-                                class_bias,    sample_weight, ignore_index, reduction,    student_scale,
-                                teacher_scale, kd_weight,     ce_weight};
+  const DistillationArguments a LTK_DISTILLATION_PASSED;
   return input.scalar_type() == ScalarType::Double ? forward<double>(a, with_gradient)
                                                    : forward<float>(a, with_gradient);
 }
 
-Tensor distillation_backward(Tensor grad, Tensor state, Tensor input, Tensor teacher, OptionalTensor target,
-                             OptionalTensor student_bias, OptionalTensor teacher_bias, OptionalTensor class_bias,
-                             OptionalTensor sample_weight, int64_t ignore_index, int64_t reduction,
-                             double student_scale, double teacher_scale, double kd_weight, double ce_weight,
-                             bool need_input, bool inplace) {
+Tensor distillation_backward(Tensor grad, Tensor state, LTK_DISTILLATION_PARAMETERS, bool need_input, bool inplace) {
   at_unit_stride(target);
-  const DistillationArguments a{input,         teacher,       target,       student_bias, teacher_bias,
-                                class_bias,    sample_weight, ignore_index, reduction,    student_scale,
-                                teacher_scale, kd_weight,     ce_weight};
+  const DistillationArguments a LTK_DISTILLATION_PASSED;
   return input.scalar_type() == ScalarType::Double ? backward<double>(a, grad, state, need_input, inplace)
                                                    : backward<float>(a, grad, state, need_input, inplace);
 }

@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "bindings/binary_cross_entropy_arguments.h"
-#include "bindings/cuda_place.h"
+#include "bindings/cuda_call.h"
 #include "bindings/cuda_types.h"
 #include "cuda/binary_cross_entropy.h"
 
@@ -37,11 +37,7 @@ BinaryCall<T> prepare(const BinaryArguments& a, const Tensor& tickets, const Ten
   call.draw_step = a.draw_step ? static_cast<const int64_t*>(a.draw_step->const_data_ptr()) : nullptr;
   call.seed = uint64_t(a.seed);
   call.column_sums = a.column_sums;
-  if (tickets.numel() < 1 || tickets.scalar_type() != ScalarType::Int || !(device_of(tickets) == device_of(a.input)) ||
-      error_word.scalar_type() != ScalarType::Int || device_of(error_word).type != aoti_torch_device_type_cpu())
-    fail("expected int32 tickets on the device and an int32 error word in pinned memory");
-  call.tickets = static_cast<int*>(tickets.mutable_data_ptr());
-  call.error = static_cast<int*>(error_word.mutable_data_ptr());
+  set_counters(&call, a.input, tickets, error_word);
   return call;
 }
 
@@ -55,11 +51,7 @@ std::tuple<Tensor, Tensor> forward(const BinaryArguments& a, int64_t reduction, 
   constexpr ScalarType type = type_of<T>();
   Tensor state = allocate({a.states()}, {1}, type, place.device);
   call.state = static_cast<T*>(state.mutable_data_ptr());
-  Tensor loss = call.reduction != Reduction::none ? allocate({}, {}, type, place.device)
-                : a.input.dim() == 2
-                    ? allocate({call.rows}, {1}, type, place.device)
-                    : allocate({a.input.size(0), a.input.size(2)}, {a.input.size(2), 1}, type, place.device);
-  call.loss = static_cast<T*>(loss.mutable_data_ptr());
+  Tensor loss = allocate_loss(&call, a.input, place.device);
   check(ltk::cuda::plan_binary<E, T>(&call));
   if (tickets.numel() < 1 + call.chunks) fail("expected a ticket, and one for every chunk of columns");
   // Given back while the kernel still runs: whoever gets this memory next uses it on the same stream, later.
@@ -77,15 +69,8 @@ Tensor backward(const BinaryArguments& a, const Tensor& grad, const Tensor& stat
   const Place place(a.input);
   BinaryCall<T> call = prepare<T>(a, tickets, error_word);
   constexpr ScalarType type = type_of<T>();
-  const bool of_rows = grad.dim() == a.input.dim() - 1 && grad.size(0) == a.input.size(0) &&
-                       (grad.dim() == 1 || grad.size(1) == a.input.size(2));
-  if (state.numel() != a.states() || state.scalar_type() != type || !state.is_contiguous() ||
-      grad.scalar_type() != type || !(grad.dim() == 0 || of_rows))
-    fail("grad or state are not those of these logits");
+  set_upstream(&call, a.input, grad, state, a.states());
   if (!need_input) return allocate({0}, {1}, type, place.device);
-  call.state = static_cast<T*>(const_cast<void*>(state.const_data_ptr()));
-  call.upstream = static_cast<const T*>(grad.const_data_ptr());
-  call.upstream_layout = row_layout(grad);
   Tensor d_input = inplace ? a.input : dense_like(a.input);
   call.gradient = d_input.mutable_data_ptr();
   call.gradient_layout = layout(d_input);

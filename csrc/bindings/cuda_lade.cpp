@@ -2,7 +2,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "bindings/cuda_place.h"
+#include "bindings/cuda_call.h"
 #include "bindings/cuda_types.h"
 #include "bindings/lade_arguments.h"
 #include "cuda/lade.h"
@@ -32,11 +32,7 @@ LadeCall<T> prepare(const LadeArguments& a, const Tensor& tickets, const Tensor&
   call.prior = static_cast<const T*>(a.prior.const_data_ptr());
   call.class_offset = data<T>(a.class_offset);
   call.row_offset = data<T>(a.row_offset);
-  if (tickets.numel() < 1 || tickets.scalar_type() != ScalarType::Int || !(device_of(tickets) == device_of(a.input)) ||
-      error_word.scalar_type() != ScalarType::Int || device_of(error_word).type != aoti_torch_device_type_cpu())
-    fail("expected int32 tickets on the device and an int32 error word in pinned memory");
-  call.tickets = static_cast<int*>(tickets.mutable_data_ptr());
-  call.error = static_cast<int*>(error_word.mutable_data_ptr());
+  set_counters(&call, a.input, tickets, error_word);
   return call;
 }
 

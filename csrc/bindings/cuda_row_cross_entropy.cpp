@@ -4,7 +4,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "bindings/cuda_place.h"
+#include "bindings/cuda_call.h"
 #include "bindings/cuda_types.h"
 #include "bindings/row_cross_entropy_arguments.h"
 #include "cuda/row_cross_entropy.h"
@@ -73,11 +73,7 @@ RowCall<T> prepare(const RowArguments& a, const Tensor& tickets, const Tensor& e
     call.seed = uint64_t(a.seed);
     call.step = static_cast<const int64_t*>(a.pair_step->const_data_ptr());
   }
-  if (tickets.numel() < 1 || tickets.scalar_type() != ScalarType::Int || !(device_of(tickets) == device_of(a.input)) ||
-      error_word.scalar_type() != ScalarType::Int || device_of(error_word).type != aoti_torch_device_type_cpu())
-    fail("expected int32 tickets on the device and an int32 error word in pinned memory");
-  call.tickets = static_cast<int*>(tickets.mutable_data_ptr());
-  call.error = static_cast<int*>(error_word.mutable_data_ptr());
+  set_counters(&call, a.input, tickets, error_word);
   return call;
 }
 
@@ -92,11 +88,7 @@ std::tuple<Tensor, Tensor> forward(const RowArguments& a, int64_t reduction, boo
   constexpr ScalarType type = type_of<T>();
   Tensor state = allocate({a.states(rows)}, {1}, type, place.device);
   call.state = static_cast<T*>(state.mutable_data_ptr());
-  Tensor loss = call.reduction != Reduction::none ? allocate({}, {}, type, place.device)
-                : a.input.dim() == 2
-                    ? allocate({rows}, {1}, type, place.device)
-                    : allocate({a.input.size(0), a.input.size(2)}, {a.input.size(2), 1}, type, place.device);
-  call.loss = static_cast<T*>(loss.mutable_data_ptr());
+  Tensor loss = allocate_loss(&call, a.input, place.device);
   const char* error = nullptr;
   const int64_t partials = ltk::cuda::row_forward_partials<E, T>(call, &error);
   check(error);
@@ -115,15 +107,9 @@ Gradients backward(const RowArguments& a, const Tensor& grad, const Tensor& stat
   const Place place(a.input);
   RowCall<T> call = prepare<T>(a, tickets, error_word);
   constexpr ScalarType type = type_of<T>();
-  const bool of_rows = grad.dim() == a.input.dim() - 1 && grad.size(0) == a.input.size(0) &&
-                       (grad.dim() == 1 || grad.size(1) == a.input.size(2));
-  if (state.numel() != a.states(call.rows) || state.scalar_type() != type || !state.is_contiguous() ||
-      grad.scalar_type() != type || !(grad.dim() == 0 || of_rows) || (need_scale && !a.class_scale) ||
-      (need_bias && !a.class_bias) || (need_gate && !a.row_gate))
-    fail("grad or state are not those of these logits");
-  call.state = static_cast<T*>(const_cast<void*>(state.const_data_ptr()));
-  call.upstream = static_cast<const T*>(grad.const_data_ptr());
-  call.upstream_layout = row_layout(grad);
+  set_upstream(&call, a.input, grad, state, a.states(call.rows));
+  if ((need_scale && !a.class_scale) || (need_bias && !a.class_bias) || (need_gate && !a.row_gate))
+    fail("expected the parameters that a gradient is asked for");
   const auto vector = [&](bool needed) { return allocate({needed ? call.classes : 0}, {1}, type, place.device); };
   Tensor d_input = !need_input ? vector(false) : inplace ? a.input : dense_like(a.input);
   if (need_input) {

@@ -41,4 +41,14 @@ void check_sizes(const DistillationArguments& a) {
   "Tensor? class_bias, Tensor? sample_weight, int ignore_index, int reduction, "               \
   "float student_scale, float teacher_scale, float kd_weight, float ce_weight"
 
+// The parameters of a registered function that these are.
+#define LTK_DISTILLATION_PARAMETERS                                                                              \
+  Tensor input, Tensor teacher, OptionalTensor target, OptionalTensor student_bias, OptionalTensor teacher_bias, \
+      OptionalTensor class_bias, OptionalTensor sample_weight, int64_t ignore_index, int64_t reduction,          \
+      double student_scale, double teacher_scale, double kd_weight, double ce_weight
+
+#define LTK_DISTILLATION_PASSED                                                                    \
+  {input,        teacher,   target,        student_bias,  teacher_bias, class_bias, sample_weight, \
+   ignore_index, reduction, student_scale, teacher_scale, kd_weight,    ce_weight}
+
 }  // namespace ltk::bindings

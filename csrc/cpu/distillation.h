@@ -3,19 +3,10 @@
 
 #include <cstdint>
 
+#include "common/distillation_row.h"
 #include "common/rows.h"
 
 namespace ltk {
-
-// What a forward keeps of a row for its backward: maximum and 1 / sum e^(u - maximum) of the student's and the
-// teacher's softened logits and of the cross-entropy's, and there p - 1 at the label, computed without that difference.
-// The cross-entropy's are 0 for a row without one. Seven numbers a row; behind the rows stand 1 / labels and 1 / rows.
-template <class T>
-struct DistillationRow {
-  T max, inverse_sum;
-  T teacher_max, teacher_inverse_sum;
-  T ce_max, ce_inverse_sum, at_label;
-};
 
 // One call. T is the type of the computation and of every parameter: double for a double student, else float. Either
 // all biases are given or none.

@@ -1,9 +1,11 @@
 // The kernels of all hot paths by instruction set.
 #pragma once
 
+#include "cpu/aggregate_experts.h"
 #include "cpu/binary_cross_entropy.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/distillation.h"
+#include "cpu/expert_cross_entropy.h"
 #include "cpu/lade.h"
 #include "cpu/row_cross_entropy.h"
 #include "cpu/sampling.h"
@@ -11,9 +13,11 @@
 namespace ltk {
 
 struct Kernels {
+  const AggregateTable& aggregate_experts;
   const BinaryCrossEntropyTable& binary_cross_entropy;
   const CrossEntropyTable& cross_entropy_table;
   const DistillationTable& distillation;
+  const ExpertCrossEntropyTable& expert_cross_entropy;
   const LadeTable& lade;
   const RowCrossEntropyTable& row_cross_entropy;
   const SamplingTable& sampling;

@@ -3,13 +3,7 @@
 // A row of the student and its teacher are swept while they are in L1/L2: (1) the maxima; (2) one exponential a softmax
 // and logit, summed and kept in scratch rows, with sum_j e^(b_j) (b_j - a_j) for the divergence; (3) where the gradient
 // is wanted now, from the kept exponentials. A backward that recomputes is one sweep from the row's state.
-//
-// With a, b the softened logits of student and teacher less their maxima, A, B the sums of their exponentials,
-//   KL = sum_j q_j (log q_j - log p_j) = (1 / B) sum_j e^(b_j) (b_j - a_j) + log(1 + (A - B) / B),
-// where A - B is added up class by class: neither log A nor log B, nor A nor B, all far larger than a small divergence,
-// is rounded by itself.
 #include <algorithm>
-#include <cmath>
 
 #include "common/masked_term.h"
 #include "cpu/distillation.h"
@@ -102,7 +96,8 @@ struct Exponentials {
 
 template <class T>
 struct RowTotals {
-  T student, teacher, excess, distance, ce;  // excess: student less teacher
+  DistillationSums<T> pair;
+  T ce;
 };
 
 // Sweep (2).
@@ -134,14 +129,8 @@ RowTotals<T> exponentiate_row(const RowLogits<T, form> u, int64_t classes, const
     distance += part_distance;
     ce += part_ce;
   });
-  return {sum_lanes<T>(student), sum_lanes<T>(teacher), sum_lanes<T>(excess), sum_lanes<T>(distance), sum_lanes<T>(ce)};
-}
-
-// log(A / B), to the last digits where the two are close.
-template <class T>
-T log_ratio(const RowTotals<T>& totals) {
-  const T excess = totals.excess / totals.teacher;
-  return excess > T(-0.5) && excess < T(1) ? std::log1p(excess) : std::log(totals.student / totals.teacher);
+  return {{sum_lanes<T>(student), sum_lanes<T>(teacher), sum_lanes<T>(excess), sum_lanes<T>(distance)},
+          sum_lanes<T>(ce)};
 }
 
 template <class T, Affine form>
@@ -155,21 +144,15 @@ T row_forward(const DistillationCall<T>& call, const RowLogits<T, form>& u, int6
   if (with_ce) state->ce_max = row_maximum(u.ce, call.classes);
   const RowTotals<T> totals = with_ce ? exponentiate_row<true>(u, call.classes, *state, e)
                                       : exponentiate_row<false>(u, call.classes, *state, e);
-  state->inverse_sum = T(1) / totals.student;
-  state->teacher_inverse_sum = T(1) / totals.teacher;
+  state->inverse_sum = T(1) / totals.pair.student;
+  state->teacher_inverse_sum = T(1) / totals.pair.teacher;
   const T weight = call.row_weight == nullptr ? T(1) : call.row_weight[row];
-  T kl = totals.distance / totals.teacher + log_ratio(totals);
-  if (kl < T(0)) kl = T(0);  // by rounding
-  T loss = masked_term(call.kd_factor * weight, kl);
+  T loss = masked_term(call.kd_factor * weight, divergence(totals.pair));
   if (with_ce) {
     const T at_label = e.ce[y];
     // By subtraction where that is exact enough, else added up again: p - 1 never cancels.
     const T others = T(2) * at_label <= totals.ce ? totals.ce - at_label : sum_without(e.ce, call.classes, y);
-    const T total = others + at_label;
-    const T nll = at_label > others ? std::log1p(others / at_label) : state->ce_max - u.ce.at(y) + std::log(total);
-    state->ce_inverse_sum = T(1) / total;
-    state->at_label = -others / total;
-    loss += masked_term(call.ce_factor * weight, nll);
+    loss += masked_term(call.ce_factor * weight, finish_label(others, at_label, state->ce_max - u.ce.at(y), state));
   }
   return loss;
 }

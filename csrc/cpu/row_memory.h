@@ -2,6 +2,7 @@
 // files only, which are compiled once per instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 
@@ -106,10 +107,13 @@ class Rows {
       return;
     }
     int64_t offsets[max_tile];
-    for (int64_t r = begin; r < end; ++r) offsets[r - begin] = layout_.offset(r);
-    for (int64_t j = 0; j < classes_; ++j)
-      for (int64_t r = 0; r < end - begin; ++r)
-        one(data + offsets[r] + j * layout_.stride_class, scratch + r * classes_ + j);
+    for (int64_t first = begin; first < end; first += max_tile, scratch += max_tile * classes_) {
+      const int64_t rows = std::min(end - first, max_tile);
+      for (int64_t r = 0; r < rows; ++r) offsets[r] = layout_.offset(first + r);
+      for (int64_t j = 0; j < classes_; ++j)
+        for (int64_t r = 0; r < rows; ++r)
+          one(data + offsets[r] + j * layout_.stride_class, scratch + r * classes_ + j);
+    }
   }
 
   char* data_;

@@ -31,6 +31,19 @@ int threads_a_row(const Call<T>& call) {
   return call.classes <= 1024 ? 32 : 256;
 }
 
+// How the kernels for any layout are launched: blocks for all rows, or so many that the device is full `waves` times.
+template <class T>
+simt::Launch any_launch(const Call<T>& call, const simt::Device& device, int waves, void* stream) {
+  const int a_row = threads_a_row(call), threads = any_threads(a_row);
+  const int64_t most = int64_t(device.multiprocessors) * (2048 / threads) * waves;
+  return {std::max<int64_t>(1, std::min(divide_up(call.rows, threads / a_row), most)),
+          1,
+          threads,
+          1,
+          shared_header,
+          stream};
+}
+
 enum class Kernel { warp, block, cluster, sweep, any };
 
 struct ForwardPlan {
@@ -107,14 +120,7 @@ ForwardPlan plan_forward(const Call<T>& call, const simt::Device& device) {
   ForwardPlan plan{};
   plan.kernel = Kernel::any;
   plan.a_row = threads_a_row(call);
-  const int threads = any_threads(plan.a_row);
-  const int64_t wanted = divide_up(call.rows, threads / plan.a_row);
-  plan.how = {std::max<int64_t>(1, std::min(wanted, int64_t(device.multiprocessors) * (2048 / threads) * 2)),
-              1,
-              threads,
-              1,
-              shared_header,
-              nullptr};
+  plan.how = any_launch(call, device, 2, nullptr);
   return plan;
 }
 
@@ -228,14 +234,7 @@ const char* backward_of(const Call<T>& call, void* stream) {
     if (has_vectors(call) && call.gradient_layout.stride_class == 1)
       return backward_vectors_of<E>(call, device, stream);
   const int a_row = threads_a_row(call);
-  const int threads = any_threads(a_row);
-  const simt::Launch how{
-      std::min<int64_t>(divide_up(call.rows, threads / a_row), int64_t(device.multiprocessors) * (2048 / threads) * 4),
-      1,
-      threads,
-      1,
-      shared_header,
-      stream};
+  const simt::Launch how = any_launch(call, device, 4, stream);
   if (a_row == 1) return simt::launch(how, &backward_any<E, T, 1>, call);
   if (a_row == 32) return simt::launch(how, &backward_any<E, T, 32>, call);
   return simt::launch(how, &backward_any<E, T, 256>, call);

@@ -10,22 +10,10 @@
 namespace ltk::cuda {
 
 template <class T>
-simt::Launch row_launch(const RowCall<T>& call, const simt::Device& device, int waves, void* stream) {
-  const int a_row = threads_a_row(call), threads = any_threads(a_row);
-  const int64_t most = int64_t(device.multiprocessors) * (2048 / threads) * waves;
-  return {std::max<int64_t>(1, std::min(divide_up(call.rows, threads / a_row), most)),
-          1,
-          threads,
-          1,
-          shared_header,
-          stream};
-}
-
-template <class T>
 int64_t row_forward_partials_of(const RowCall<T>& call, const char** error) {
   simt::Device device;
   if ((*error = simt::current_device(&device)) != nullptr || call.reduction == Reduction::none) return 0;
-  return 4 * row_launch(call, device, 2, nullptr).blocks;  // two sums for each of two labels
+  return 4 * any_launch(call, device, 2, nullptr).blocks;  // two sums for each of two labels
 }
 
 template <class T>
@@ -39,7 +27,7 @@ template <class E, class T>
 const char* row_forward_of(const RowCall<T>& call, void* stream) {
   simt::Device device;
   if (const char* error = simt::current_device(&device)) return error;
-  const simt::Launch how = row_launch(call, device, 2, stream);
+  const simt::Launch how = any_launch(call, device, 2, stream);
   const int a_row = threads_a_row(call);
   if (a_row == 1) return simt::launch(how, &row_forward_kernel<E, T, 1>, call);
   if (a_row == 32) return simt::launch(how, &row_forward_kernel<E, T, 32>, call);
@@ -57,7 +45,7 @@ const char* row_backward_of(const RowCall<T>& call, void* stream) {
                         &row_backward_columns<E, T>, call);
   }
   if (call.rows == 0) return nullptr;
-  const simt::Launch how = row_launch(call, device, 4, stream);
+  const simt::Launch how = any_launch(call, device, 4, stream);
   const int a_row = threads_a_row(call);
   if (a_row == 1) return simt::launch(how, &row_backward_kernel<E, T, 1>, call);
   if (a_row == 32) return simt::launch(how, &row_backward_kernel<E, T, 32>, call);

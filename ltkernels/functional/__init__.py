@@ -5,9 +5,11 @@ softmax losses for long-tailed data: per-class scales, biases and margins, focal
 denominators. ``sample_indices`` draws class-balanced samples: a pure function of seed, epoch and position.
 """
 
+from ltkernels.functional.aggregate_experts import TopClasses, aggregate_experts
 from ltkernels.functional.binary_cross_entropy import binary_cross_entropy
 from ltkernels.functional.cross_entropy import cross_entropy
 from ltkernels.functional.distillation import distillation_loss
+from ltkernels.functional.expert_cross_entropy import expert_cross_entropy
 from ltkernels.functional.lade import lade_cross_entropy
 from ltkernels.functional.row_cross_entropy import (
     equalization_cross_entropy,
@@ -17,10 +19,13 @@ from ltkernels.functional.row_cross_entropy import (
 from ltkernels.functional.sampling import sample_indices
 
 __all__ = [
+    "TopClasses",
+    "aggregate_experts",
     "binary_cross_entropy",
     "cross_entropy",
     "equalization_cross_entropy",
     "distillation_loss",
+    "expert_cross_entropy",
     "lade_cross_entropy",
     "pairwise_cross_entropy",
     "sample_indices",

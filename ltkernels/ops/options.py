@@ -113,3 +113,51 @@ class DistillationOptions(NamedTuple):
     teacher_scale: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 1.0
+
+
+class ExpertCrossEntropyOptions(NamedTuple):
+    """Scalars of :func:`ltkernels.functional.expert_cross_entropy`, in the order of the op's schema."""
+
+    ignore_index: int = -100
+    reduction: int = Reduction.MEAN_WEIGHT
+    scale: float = 1.0
+    diversity: float = 0.0
+    """Factor of the divergences from the mean, of either sign; 0 for none."""
+    distillation: float = 0.0
+    """Factor of the divergence from the teacher."""
+    distillation_scale: float = 1.0
+    """One over its temperature."""
+    aggregate: bool = False
+    """Whether the state begins with the mean of the experts' logits."""
+    empty_zero: bool = False
+
+
+class AggregateMode(IntEnum):
+    """What of the experts is averaged."""
+
+    LOGITS = 0
+    PROBS = 1
+    LOG_PROBS = 2
+
+
+class ExpertWeights(IntEnum):
+    """What an expert's weight depends on."""
+
+    EQUAL = 0
+    EXPERT = 1
+    SAMPLE = 2
+    CLASS = 3
+
+
+class AggregateExpertsOptions(NamedTuple):
+    """Scalars of :func:`ltkernels.functional.aggregate_experts`, in the order of the op's schema."""
+
+    mode: int = AggregateMode.LOGITS
+    weights: int = ExpertWeights.EQUAL
+    topk: int = 0
+    """How many of the best classes the state has for each sample."""
+
+    @property
+    def reduction(self) -> int:
+        """The result is not reduced."""
+        return Reduction.NONE

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from ltkernels import backends
 from ltkernels.ops import gpu
+from ltkernels.ops.options import Reduction
 
 NO_STATE = -1.0  # in the last place of a state, where kernels leave a number that is not negative
 Tensors = Sequence[Tensor | None]
@@ -35,6 +36,7 @@ class Op:
         options: a NamedTuple class of the scalars behind them, which has a ``reduction``.
         reference: ``reference(*tensors, options)``: the loss in plain PyTorch.
         check_values: ``check_values(tensors, options)``: raises on values that no backend may accept.
+        new_output: ``new_output(tensors, options)``: memory for the result.
         new_state: ``new_state(tensors, options)``: memory for what a forward leaves for its backward; the last number
             is not negative.
         table: the implementations.
@@ -57,7 +59,7 @@ class Op:
         tickets: Callable[[Tensor, Sequence[bool]], int] = lambda input, need: 1,
         fill_state: Callable[[Tensor, Tensors, Any], None] = lambda state, tensors, options: None,
         forward_tickets: Callable[[Tensor], int] = lambda input: 1,
-        on_gpu: bool = True,
+        new_output: Callable[[Tensors, Any], Tensor] | None = None,
     ) -> None:
         """``tickets(input, need)``: how many counters a backward by CUDA takes (ops/gpu.py).
 
@@ -65,8 +67,9 @@ class Op:
 
         ``fill_state(state, tensors, options)``: what callers read from a state, written by the reference.
 
-        ``on_gpu``: whether there are kernels for GPUs; without, the reference serves there.
+        ``new_output(tensors, options)``: memory for the result, where that is not the loss of ``(N, C, ...)`` logits.
         """
+        self.new_output = _new_loss if new_output is None else new_output
         self.fill_state = fill_state
         self.name, self.tensors, self.gradients, self.options = name, tensors, gradients, options
         self.reference, self.check_values, self.new_state = reference, check_values, new_state
@@ -76,14 +79,11 @@ class Op:
 
         refuses = partial(only_reference, self)
         implementation = backends.Implementation
-        of_gpu = [
-            implementation("cuda", "cuda", *_cuda(self, tickets, forward_tickets), refuses=refuses),
-            implementation("triton", "cuda", *_triton(self), refuses=refuses),
-        ]
         self.table = backends.Table(
             name,
             [
-                *(of_gpu if on_gpu else ()),
+                implementation("cuda", "cuda", *_cuda(self, tickets, forward_tickets), refuses=refuses),
+                implementation("triton", "cuda", *_triton(self), refuses=refuses),
                 implementation("cpu", "cpu", *_cpu(self), refuses=refuses, gradient_in_forward=True),
                 implementation("reference", None, *_reference(self)),
             ],
@@ -103,6 +103,14 @@ class Op:
         """The names of the tensors at ``places``, for a message."""
         *rest, last = [self.tensors[place].rstrip("?") for place in places]
         return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def _new_loss(tensors: Tensors, options: Any) -> Tensor:
+    input = tensors[0]
+    assert input is not None
+    rows = (input.shape[0], *input.shape[2:])
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return input.new_empty(rows if options.reduction == Reduction.NONE else (), dtype=dtype)
 
 
 def _unwrapped(value: Tensor | None) -> Tensor | None:

@@ -52,10 +52,7 @@ def distillation(
     t = teacher.detach().movedim(1, -1).reshape(-1, num_classes).to(dtype)
     log_p = torch.log_softmax(_scaled(z, options.student_scale, student_bias), dim=1)
     log_q = torch.log_softmax(_scaled(t, options.teacher_scale, teacher_bias), dim=1)
-    q = log_q.exp()
-    nothing = q == 0  # 0 log 0 is 0, also where the student has no probability
-    terms = q * (torch.where(nothing, 0.0, log_q) - torch.where(nothing, 0.0, log_p))
-    kd = terms.sum(dim=1)
+    kd = divergence(log_q, log_p)
     ce, valid, weight = torch.zeros_like(kd), torch.ones_like(kd, dtype=torch.bool), torch.ones_like(kd)
     if target is not None:
         label = target.reshape(-1).long()
@@ -75,6 +72,14 @@ def distillation(
         return total
     mean: Tensor = kd.sum() / kd.new_tensor(float(kd.numel()))
     return mean if target is None else mean + ce.sum() / valid.sum().to(dtype)
+
+
+def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """``sum_j q_j (log q_j - log p_j)`` of each row; what q rules out adds nothing, whatever p says."""
+    q = log_q.exp()
+    nothing = q == 0
+    terms = q * (torch.where(nothing, 0.0, log_q) - torch.where(nothing, 0.0, log_p))
+    return terms.sum(dim=1)
 
 
 def _scaled(logits: Tensor, scale: float, bias: Tensor | None) -> Tensor:
