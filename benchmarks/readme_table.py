@@ -19,6 +19,7 @@ PARTS = {
     "row_cross_entropy": ("rows", "cpu-rows.jsonl", " --op row_cross_entropy"),
     "lade": ("lade", "cpu-lade.jsonl", " --op lade"),
     "distillation": ("distillation", "cpu-distillation.jsonl", " --op distillation"),
+    "experts": ("experts", "cpu-experts.jsonl", " --op experts"),
     "binary_cross_entropy": ("binary", "cpu-binary.jsonl", " --op binary_cross_entropy"),
     "sampling": ("sampling", "cpu-sampling.jsonl", " --op sampling"),
 }

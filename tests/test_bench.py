@@ -94,7 +94,7 @@ def test_quartiles_of_known_values():
 def test_all_forms_of_a_loss_agree(name: str, dtype: str):
     """On the two smallest kinds of batch, in the types whose tolerances differ."""
     variant, kind = VARIANTS[name], runner.DTYPES[dtype]
-    problem = make_problem(Scenario(9, 37, "custom"), kind, cosine=variant.cosine)
+    problem = make_problem(Scenario(9, 37, "custom"), kind, cosine=variant.cosine, experts=variant.experts)
     exact = problem.logits.detach().double().requires_grad_()
     truth = runner.loss_and_grad(variant.eager(problem, torch.float64), exact, problem.target)
     forms = peers.loss_forms(variant, problem, torch.float64 if dtype == "float64" else torch.float32)

@@ -23,13 +23,16 @@ using Call = AggregateCall<T>;
 // The rows of a call, read and written some samples at a time, and a sample's scratch rows.
 template <class T>
 struct AggregateTensors {
+  bool long_rows;
   int64_t experts, tile;
   Rows<T> input, output, gradient;
   Scratch<T> exponentials, mean;
-  Scratch<const T*> z;
+  Scratch<const T*> z, combined;  // an expert's logits; what is combined of it
+  Scratch<T> factors, shifts;
 
   explicit AggregateTensors(const Call<T>& call)
-      : experts(call.experts),
+      : long_rows(call.classes >= 256),
+        experts(call.experts),
         tile(samples_a_tile(experts, call.classes,
                             call.input_layout.stride_class != 1 || call.output_layout.stride_class != 1)),
         input(call.input, call.input_type, call.input_layout, call.classes, tile * experts),
@@ -38,7 +41,10 @@ struct AggregateTensors {
                  call.gradient != nullptr ? tile * experts : 0),
         exponentials(call.mode == AggregateMode::logits ? 0 : experts * call.classes),
         mean(call.classes),
-        z(experts) {}
+        z(experts),
+        combined(experts),
+        factors(experts),
+        shifts(experts) {}
 
   template <class Tile>
   void for_tiles(int64_t begin, int64_t end, Tile one_tile) {
@@ -47,6 +53,12 @@ struct AggregateTensors {
       input.read(first * experts, last * experts);
       one_tile(first, last);
     }
+  }
+  // The memory of the expert's row of the sample after i, one of those before `end`.
+  Ahead ahead(int64_t i, int64_t e, int64_t end) {
+    if (!long_rows || i + 1 >= end) return {};
+    const int64_t row = (i + 1) * experts + e;
+    return {input.memory(row), gradient.memory(row), input.element_bytes(), gradient.element_bytes()};
   }
   const T* const* rows(int64_t first, int64_t i) {
     for (int64_t e = 0; e < experts; ++e) z.data()[e] = input.row(first * experts, i * experts + e);
@@ -76,10 +88,10 @@ LTK_INLINE Share<T, by_class> share_of(const Call<T>& call, int64_t sample, int6
 
 // Maximum and 1 / sum of an expert's softmax; keeps e^(z - maximum).
 template <class T>
-LTK_INLINE void softmax_row(const T* z, int64_t classes, T* max, T* inverse_sum, T* e) {
+LTK_INLINE void softmax_row(const T* z, int64_t classes, const Ahead& ahead, T* max, T* inverse_sum, T* e) {
   const Adjusted<T, Affine::uniform> u{z, T(1), nullptr, nullptr};
   *max = row_maximum(u, classes);
-  *inverse_sum = T(1) / exponentiate(u, classes, *max, static_cast<const T*>(nullptr), e, Ahead{}).exponentials;
+  *inverse_sum = T(1) / exponentiate(u, classes, *max, static_cast<const T*>(nullptr), e, ahead).exponentials;
 }
 
 template <class T>
@@ -93,38 +105,44 @@ template <AggregateMode mode, class T, class Load, class Exponential>
 LTK_INLINE Vec<T> value_of(const T* z, const T* softmax, T log_sum, int64_t j, Load load, Exponential e) {
   if constexpr (mode == AggregateMode::probs) return e(j, load) * softmax[1];
   const Vec<T> v = load(z + j, T(0));
-  return mode == AggregateMode::log_probs ? v - log_sum : v;
+  return mode == AggregateMode::log_probs ? (v - softmax[0]) - log_sum : v;
 }
 
+// log sum_j e^(z_j - maximum)
 template <class T>
 T log_sum_of(const T* softmax) {
-  return softmax[0] - std::log(softmax[1]);
+  return -std::log(softmax[1]);
 }
 
-// The mean of a sample into `out`.
+// The mean of a sample into `out`, from the kept exponentials where it is one of probabilities.
 template <AggregateMode mode, bool by_class, class T>
-void mean_row(const Call<T>& call, int64_t i, const T* const* z, const T* exponentials, T* out) {
-  bool first = true;
+void mean_row(const Call<T>& call, int64_t i, AggregateTensors<T>* tensors, T* out) {
+  const T *const *z = tensors->z.data(), *exponentials = tensors->exponentials.data();
+  const T* softmax = mode == AggregateMode::logits ? nullptr : call.softmax + 2 * i * call.experts;
+  if constexpr (!by_class) {
+    int64_t count = 0;
+    T less = T(0);
+    for (int64_t e = 0; e < call.experts; ++e) {
+      const T share = share_of<T, false>(call, i, e).uniform;
+      if (share == T(0)) continue;
+      tensors->combined.data()[count] = mode == AggregateMode::probs ? exponentials + e * call.classes : z[e];
+      if (mode == AggregateMode::log_probs) tensors->shifts.data()[count] = softmax[2 * e];
+      tensors->factors.data()[count++] = mode == AggregateMode::probs ? share * softmax[2 * e + 1] : share;
+      if (mode == AggregateMode::log_probs) less += share * log_sum_of(softmax + 2 * e);
+    }
+    const T* shifts = mode == AggregateMode::log_probs ? tensors->shifts.data() : nullptr;
+    return combine_rows(tensors->combined.data(), tensors->factors.data(), shifts, count, call.classes, less, out);
+  }
   for (int64_t e = 0; e < call.experts; ++e) {
-    const Share<T, by_class> share = share_of<T, by_class>(call, i, e);
-    if (share.nothing() && !(first && e + 1 == call.experts)) continue;
-    const T* softmax = mode == AggregateMode::logits ? nullptr : call.softmax + 2 * (i * call.experts + e);
-    const T log_sum = mode == AggregateMode::log_probs ? log_sum_of(softmax) : T(0);
+    const T* share = call.share + e * call.classes;
     const T* kept = exponentials + e * call.classes;
-    const auto add = [&](auto onto) {
-      sweep<T>(0, call.classes, [&](int64_t j, auto load, auto store) {
-        const auto e_z = [kept](int64_t at, auto load_at) { return load_at(kept + at, T(0)); };
-        const Vec<T> s = share.at(j, load);
-        Vec<T> f = value_of<mode>(z[e], softmax, log_sum, j, load, e_z);
-        if constexpr (by_class) f = finite_or_zero<T>(s, f);
-        store(out + j, onto(j, load, s, f));
-      });
-    };
-    if (first)
-      add([](int64_t, auto, Vec<T> s, Vec<T> f) { return s * f; });
-    else
-      add([out](int64_t j, auto load, Vec<T> s, Vec<T> f) { return multiply_add<T>(s, f, load(out + j, T(0))); });
-    first = false;
+    const T log_sum = mode == AggregateMode::log_probs ? log_sum_of(softmax + 2 * e) : T(0);
+    sweep<T>(0, call.classes, [&](int64_t j, auto load, auto store) {
+      const Vec<T> s = load(share + j, T(0)), before = e == 0 ? splat(T(0)) : load(out + j, T(0));
+      const auto e_z = [kept](int64_t at, auto load_at) { return load_at(kept + at, T(0)); };
+      const Vec<T> f = value_of<mode>(z[e], softmax + 2 * e, log_sum, j, load, e_z);
+      store(out + j, multiply_add<T>(s, finite_or_zero<T>(s, f), before));
+    });
   }
 }
 
@@ -153,7 +171,7 @@ void best_of(const Call<T>& call, int64_t i, const T* row, T* spare) {
   T* confidence = call.confidence + i * call.topk;
   best_classes(row, call.classes, call.topk, best);
   T max = T(0), inverse_sum = T(1);
-  if (mode != AggregateMode::probs) softmax_row(row, call.classes, &max, &inverse_sum, spare);
+  if (mode != AggregateMode::probs) softmax_row(row, call.classes, Ahead{}, &max, &inverse_sum, spare);
   for (int64_t k = 0; k < call.topk; ++k)
     confidence[k] = mode == AggregateMode::probs ? row[best[k]] : std::exp(row[best[k]] - max) * inverse_sum;
 }
@@ -169,65 +187,85 @@ void forward(const Call<T>& call, int64_t begin, int64_t end) {
       if constexpr (mode != AggregateMode::logits)
         for (int64_t k = 0; k < call.experts; ++k) {
           T* softmax = call.softmax + 2 * (i * call.experts + k);
-          softmax_row(z[k], call.classes, softmax, softmax + 1, e + k * call.classes);
+          softmax_row(z[k], call.classes, tensors.ahead(i, k, end), softmax, softmax + 1, e + k * call.classes);
         }
       T* out = tensors.output.row(first, i);
-      mean_row<mode, by_class>(call, i, z, e, out);
+      mean_row<mode, by_class>(call, i, &tensors, out);
       if (call.topk > 0) best_of<mode>(call, i, out, tensors.mean.data());
     }
     tensors.output.write(first, last);
   });
 }
 
+// What the weights' gradients are sums of: g (f_e - out).
 template <AggregateMode mode, bool by_class, class T>
-void expert_backward(const Call<T>& call, int64_t i, int64_t e, const T* z, const T* g, const T* mean, T* exponentials,
-                     T* out) {
+void weight_backward(const Call<T>& call, int64_t i, int64_t e, const T* z, const T* g, const T* mean,
+                     const T* exponentials) {
   const Share<T, by_class> share = share_of<T, by_class>(call, i, e);
   const T* softmax = mode == AggregateMode::logits ? nullptr : call.softmax + 2 * (i * call.experts + e);
-  const T max = mode == AggregateMode::logits ? T(0) : softmax[0];
   const T log_sum = mode == AggregateMode::log_probs ? log_sum_of(softmax) : T(0);
-  const Adjusted<T, Affine::uniform> u{z, T(1), nullptr, nullptr};
   const auto kept = [&](int64_t j, auto load) { return load(exponentials + j, T(0)); };
-  const bool weights = call.share_sums != nullptr;
-  const Vec<T> zero = splat(T(0));
-  Vec<T> inner = zero, of_share = zero;
-  if (mode != AggregateMode::logits || weights) {
-    T* class_sums = by_class && weights ? call.share_sums + e * call.classes : nullptr;
-    blocks(call.classes, [&](int64_t begin, int64_t end) {
-      Vec<T> part = zero, part_share = zero;
-      sweep<T>(begin, end, [&](int64_t j, auto load, auto store) {
-        const Vec<T> gj = load(g + j, T(0)), s = share.at(j, load);
-        if constexpr (mode != AggregateMode::logits) store(exponentials + j, exponential(u.minus(j, max, load)));
-        const Vec<T> f = finite_or_zero<T>(s, value_of<mode>(z, softmax, log_sum, j, load, kept));
-        part += mode == AggregateMode::probs ? s * gj * f : s * gj;
-        if (weights) {
-          const Vec<T> change = gj * (f - load(mean + j, T(0)));
-          if constexpr (by_class)
-            store(class_sums + j, load(class_sums + j, T(0)) + change);
-          else
-            part_share += change;
-        }
-      });
-      inner += part;
-      of_share += part_share;
+  T* sums = call.share_sums;
+  Vec<T> total = splat(T(0));
+  blocks(call.classes, [&](int64_t begin, int64_t end) {
+    Vec<T> part = splat(T(0));
+    sweep<T>(begin, end, [&](int64_t j, auto load, auto store) {
+      const Vec<T> f = finite_or_zero<T>(share.at(j, load), value_of<mode>(z, softmax, log_sum, j, load, kept));
+      const Vec<T> change = load(g + j, T(0)) * (f - load(mean + j, T(0)));
+      if constexpr (by_class)
+        store(sums + e * call.classes + j, load(sums + e * call.classes + j, T(0)) + change);
+      else
+        part += change;
     });
-  }
-  if (weights && !by_class)
-    call.share_sums[call.weights == ExpertWeights::sample ? i * call.experts + e : e] += sum_lanes<T>(of_share);
-  if (out == nullptr) return;
+    total += part;
+  });
+  if constexpr (!by_class)
+    sums[call.weights == ExpertWeights::sample ? i * call.experts + e : e] += sum_lanes<T>(total);
+}
+
+// The gradient of an expert's logits, where the exponentials stand first.
+template <AggregateMode mode, bool by_class, class T>
+void logits_backward(const Call<T>& call, int64_t i, int64_t e, const T* z, const T* g, const Ahead& ahead, T* out) {
+  const Share<T, by_class> share = share_of<T, by_class>(call, i, e);
   if (share.nothing()) {
     std::fill_n(out, call.classes, T(0));
     return;
   }
-  const T total = sum_lanes<T>(inner), inverse_sum = mode == AggregateMode::logits ? T(0) : softmax[1];
+  if constexpr (mode == AggregateMode::logits) {
+    sweep<T>(0, call.classes,
+             [&](int64_t j, auto load, auto store) { store(out + j, share.at(j, load) * load(g + j, T(0))); });
+    return;
+  }
+  const T *softmax = call.softmax + 2 * (i * call.experts + e), max = softmax[0];
+  const Adjusted<T, Affine::uniform> u{z, T(1), nullptr, nullptr};
+  const Vec<T> zero = splat(T(0));
+  Vec<T> sum = zero;
+  const auto fetch = ahead;
+  const bool fetches = ahead.input != nullptr;
+  blocks(call.classes, [&](int64_t begin, int64_t end) {
+    Vec<T> part = zero;
+    sweep<T>(begin, end, [&](int64_t j, auto load, auto store) {
+      if (fetches) fetch.column(j);
+      const Vec<T> ez = exponential(u.minus(j, max, load));
+      store(out + j, ez);
+      Vec<T> sg = load(g + j, T(0));
+      if constexpr (by_class) sg *= load(share.row + j, T(0));
+      part = mode == AggregateMode::probs ? multiply_add<T>(sg, ez, part) : part + sg;
+    });
+    sum += part;
+  });
+  // With c the share of all columns: probs e (c g - total) / sum; log_probs c g - e total / sum.
+  const T c = by_class ? T(1) : share.uniform, inverse_sum = softmax[1];
+  const T total = c * sum_lanes<T>(sum) * (mode == AggregateMode::probs ? inverse_sum : T(1));
+  const T of_g = mode == AggregateMode::probs ? c * inverse_sum : c, of_total = -total * inverse_sum;
   sweep<T>(0, call.classes, [&](int64_t j, auto load, auto store) {
-    const Vec<T> sg = share.at(j, load) * load(g + j, T(0));
-    if constexpr (mode == AggregateMode::logits) {
-      store(out + j, sg);
-    } else {
-      const Vec<T> p = load(exponentials + j, T(0)) * inverse_sum;
-      store(out + j, mode == AggregateMode::probs ? p * (sg - total) : sg - p * total);
-    }
+    const Vec<T> ez = load(out + j, T(0));
+    Vec<T> sg = load(g + j, T(0));
+    if constexpr (by_class) sg *= load(share.row + j, T(0));
+    if constexpr (mode == AggregateMode::probs)
+      store(out + j, ez * multiply_add<T>(splat(of_g), sg, splat(of_total)));
+    else
+      store(out + j, multiply_add<T>(splat(of_total), ez, of_g * sg));
   });
 }
 
@@ -248,12 +286,13 @@ void backward(const Call<T>& call, int64_t begin, int64_t end) {
             const T max = call.softmax[2 * (i * call.experts + k)];
             exponentiate(u, call.classes, max, static_cast<const T*>(nullptr), e + k * call.classes, Ahead{});
           }
-        mean_row<mode, by_class>(call, i, z, e, mean);
+        mean_row<mode, by_class>(call, i, &tensors, mean);
+        for (int64_t k = 0; k < call.experts; ++k)
+          weight_backward<mode, by_class>(call, i, k, z[k], g, mean, e + k * call.classes);
       }
-      for (int64_t k = 0; k < call.experts; ++k)
-        expert_backward<mode, by_class>(
-            call, i, k, z[k], g, mean, e,
-            call.gradient == nullptr ? nullptr : tensors.gradient.row(first * call.experts, i * call.experts + k));
+      for (int64_t k = 0; k < call.experts && call.gradient != nullptr; ++k)
+        logits_backward<mode, by_class>(call, i, k, z[k], g, tensors.ahead(i, k, end),
+                                        tensors.gradient.row(first * call.experts, i * call.experts + k));
     }
     tensors.gradient.write(first * call.experts, last * call.experts);
   });

@@ -31,27 +31,32 @@ template <class T>
 struct Workspace {
   Scratch<const T*> input;
   Scratch<T*> gradient;
-  Scratch<T> mean, e_mean, common, e_soft, e_student, e_teacher, spare;
+  Scratch<T> share, mean, e_mean, common, e_soft, e_student, e_teacher, spare;
 
   explicit Workspace(const Call<T>& call)
       : input(call.experts),
         gradient(call.experts),
+        share(call.experts),
         mean(call.classes),
         e_mean(call.classes),
         common(call.classes),
         e_soft(call.classes),
         e_student(call.teacher != nullptr ? call.classes : 0),
         e_teacher(call.teacher != nullptr ? call.classes : 0),
-        spare(call.classes) {}
+        spare(call.classes) {
+    std::fill_n(share.data(), call.experts, T(1) / T(call.experts));
+  }
 };
 
 template <class T>
 struct ExpertTensors {
+  bool long_rows;
   int64_t experts, tile;
   Rows<T> input, gradient, teacher;
 
   explicit ExpertTensors(const Call<T>& call)
-      : experts(call.experts),
+      : long_rows(call.classes >= 256),
+        experts(call.experts),
         tile(samples_a_tile(experts, call.classes,
                             call.input_layout.stride_class != 1 ||
                                 (call.gradient != nullptr && call.gradient_layout.stride_class != 1))),
@@ -61,6 +66,12 @@ struct ExpertTensors {
         teacher(call.teacher, call.teacher_type, call.teacher_layout, call.classes,
                 call.teacher != nullptr ? tile : 0) {}
 
+  // The memory of the expert's row of the sample after i, one of those before `end`.
+  Ahead ahead(int64_t i, int64_t e, int64_t end) {
+    if (!long_rows || i + 1 >= end) return {};
+    const int64_t row = (i + 1) * experts + e;
+    return {input.memory(row), gradient.memory(row), input.element_bytes(), gradient.element_bytes()};
+  }
   // Calls one(sample, teacher) for each sample, its rows in work->input and work->gradient.
   template <class One>
   void for_samples(const Call<T>& call, int64_t begin, int64_t end, Workspace<T>* work, One one) {
@@ -228,7 +239,9 @@ T finish_cross_entropy(T others, T own, ExpertState<T>* state) {
 template <class T, Affine form, Soft soft>
 ExpertLoss<T> expert_forward(const Call<T>& call, const Adjusted<T, form> u, const Softened<T, soft> a,
                              const Softened<T, soft> b, const SampleState<T>& sample, int64_t e, int64_t y,
-                             const T* e_mean, T* out, T* e_soft, ExpertState<T>* state) {
+                             const T* e_mean, const Ahead& next, T* out, T* e_soft, ExpertState<T>* state) {
+  const Ahead ahead = next;
+  const bool fetches = ahead.input != nullptr;
   const int64_t classes = call.classes;
   const Vec<T> zero = splat(T(0));
   state->max = -infinity<T>;
@@ -249,6 +262,7 @@ ExpertLoss<T> expert_forward(const Call<T>& call, const Adjusted<T, form> u, con
     blocks(last - first, [&](int64_t begin, int64_t end) {
       Vec<T> part = zero, part_excess = zero, part_distance = zero;
       sweep<T>(first + begin, first + end, [&](int64_t j, auto load, auto store) {
+        if (fetches) ahead.column(j);
         const Vec<T> ex = exponential(u.minus(j, m, load));
         store(out + j, ex);
         part += ex;
@@ -345,7 +359,7 @@ void forward(const Call<T>& call, int64_t begin, int64_t end) {
     const Label<T> label(call, i);
     T* mean = call.mean != nullptr ? call.mean + i * call.classes : work.mean.data();
     if (call.mean != nullptr || ((soft != Soft::none || distils) && label.valid))
-      mean_of_experts(z, call.experts, call.classes, mean, [](int64_t, Vec<T>, auto) {});
+      combine_rows(z, work.share.data(), static_cast<const T*>(nullptr), call.experts, call.classes, T(0), mean);
     ExpertState<T>* states = call.of_experts(i);
     SampleState<T>& sample = *call.of_sample(i);
     sample = {};
@@ -376,7 +390,7 @@ void forward(const Call<T>& call, int64_t begin, int64_t end) {
       T *out = work.gradient.data()[e], *e_soft = work.e_soft.data();
       states[e] = {};
       const ExpertLoss<T> of_expert =
-          expert_forward(call, u, a, b, sample, e, label.y, e_mean, out, e_soft, &states[e]);
+          expert_forward(call, u, a, b, sample, e, label.y, e_mean, tensors.ahead(i, e, end), out, e_soft, &states[e]);
       loss += masked_term(share_of(call, i, e, label.y), of_expert.cross_entropy);
       if constexpr (soft != Soft::none) {
         const T kl = call.diversity * call.inverse_count * weight;
@@ -407,7 +421,7 @@ void backward(const Call<T>& call, int64_t begin, int64_t end) {
     const T* common = nullptr;
     if (soft != Soft::none || distils) {  // before a gradient replaces logits
       T* mean = work.mean.data();
-      mean_of_experts(z, call.experts, call.classes, mean, [](int64_t, Vec<T>, auto) {});
+      combine_rows(z, work.share.data(), static_cast<const T*>(nullptr), call.experts, call.classes, T(0), mean);
       const Softened<T, soft> b{mean, call.temperature};
       const auto softened = [&](const T* from, T shift) {
         const Adjusted<T, Affine::uniform> v{from, call.distillation_scale, nullptr, nullptr};

@@ -18,11 +18,13 @@ from ltkernels.bench import peers, report, runner, sampling
 from ltkernels.bench.device import Cpu, Cuda
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
 from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
+from ltkernels.bench.peers_experts import EXPERT_VARIANTS
 from ltkernels.bench.peers_lade import LADE_VARIANTS
 from ltkernels.bench.peers_rows import ROW_VARIANTS
 from ltkernels.bench.scenarios import SCENARIOS, Scenario, scenario
 from ltkernels.bench.targets import judge
 
+EXPERT_SCENARIOS = (scenario("256x1000"), Scenario(128, 8142, "iNaturalist 2018"))
 ROW_SCENARIOS = tuple(shape for shape in SCENARIOS if shape.name in ("128x100", "256x1000", "512x8142"))
 
 
@@ -39,6 +41,7 @@ OPS = {
     "row_cross_entropy": _Op(ROW_SCENARIOS, {variant.name: variant for variant in ROW_VARIANTS}, runner.measure),
     "lade": _Op(ROW_SCENARIOS, {variant.name: variant for variant in LADE_VARIANTS}, runner.measure),
     "distillation": _Op(ROW_SCENARIOS, {variant.name: variant for variant in DISTILLATION_VARIANTS}, runner.measure),
+    "experts": _Op(EXPERT_SCENARIOS, {variant.name: variant for variant in EXPERT_VARIANTS}, runner.measure),
     "binary_cross_entropy": _Op(ROW_SCENARIOS, {variant.name: variant for variant in BINARY_VARIANTS}, runner.measure),
     "sampling": _Op(sampling.SCENARIOS, {variant.name: variant for variant in sampling.VARIANTS}, sampling.measure),
 }

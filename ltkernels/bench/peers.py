@@ -174,6 +174,7 @@ class Variant:
         published: the form of research code, where it is another one.
         library: a form from another package; ``None`` where that is not installed.
         op: whose list it is in.
+        experts: the logits are those of so many experts, ``(experts, N, C)``; 0 for ``(N, C)``.
     """
 
     name: str
@@ -184,6 +185,7 @@ class Variant:
     library: Callable[[Problem], LossFn | None] | None = None
     cosine: bool = False
     op: str = "cross_entropy"
+    experts: int = 0
 
 
 VARIANTS: tuple[Variant, ...] = (

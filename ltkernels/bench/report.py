@@ -11,6 +11,7 @@ from ltkernels.bench import peers, sampling
 from ltkernels.bench.peers import VARIANTS
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
 from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
+from ltkernels.bench.peers_experts import EXPERT_VARIANTS
 from ltkernels.bench.peers_lade import LADE_VARIANTS
 from ltkernels.bench.peers_rows import ROW_VARIANTS
 from ltkernels.bench.targets import Line
@@ -22,10 +23,17 @@ Record = Mapping[str, Any]
 
 TITLES = {
     variant.name: variant.title
-    for variant in (*VARIANTS, *ROW_VARIANTS, *LADE_VARIANTS, *DISTILLATION_VARIANTS, *BINARY_VARIANTS)
+    for variant in (
+        *VARIANTS,
+        *ROW_VARIANTS,
+        *LADE_VARIANTS,
+        *DISTILLATION_VARIANTS,
+        *EXPERT_VARIANTS,
+        *BINARY_VARIANTS,
+    )
 }
 TITLES |= {variant.name: variant.title for variant in sampling.VARIANTS}
-LOSSES = ("cross_entropy", "row_cross_entropy", "lade", "distillation", "binary_cross_entropy")
+LOSSES = ("cross_entropy", "row_cross_entropy", "lade", "distillation", "experts", "binary_cross_entropy")
 FIELDS = frozenset(
     "op variant scenario source N C dtype mode memory threads peer less_work backend rounds p25_us p50_us p75_us ratio "
     "model_bytes frac_copy launches peak_mb peak_bytes page_faults rel_err_loss rel_err_grad rounding_grad "

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,9 +118,19 @@ def _variables(form: LossFn, logits: Tensor) -> tuple[Tensor, ...]:
     return form.learned if isinstance(form, peers.Learning) else (logits,)
 
 
+@lru_cache(maxsize=4)
+def _waves(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(shape.numel(), dtype=torch.float64, device=device).cos().reshape(shape).to(dtype)
+
+
+def _upstream(result: Tensor) -> Tensor | None:
+    """The upstream gradient of a result that is no loss: the same numbers in every form."""
+    return None if result.dim() == 0 else _waves(result.shape, result.dtype, result.device)
+
+
 def loss_and_grad(form: LossFn, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     loss = form(logits, target)
-    grads = torch.autograd.grad(loss, _variables(form, logits))
+    grads = torch.autograd.grad(loss, _variables(form, logits), _upstream(loss))
     return loss.detach(), grads[0] if len(grads) == 1 else torch.cat([grad.flatten() for grad in grads])
 
 
@@ -174,12 +185,15 @@ def make_call(form: LossFn, problem: Problem, mode: str) -> Call:
                 form(logits, target)
 
         return forward
-    upstream = None if mode == "fwd_bwd" else torch.tensor(1 / 1024, device=logits.device)
+    scale = None if mode == "fwd_bwd" else torch.tensor(1 / 1024, device=logits.device)
     variables = _variables(form, logits)
 
     def forward_backward() -> None:
         loss = form(logits, target)
-        torch.autograd.grad(loss, variables, None if upstream is None else upstream.to(loss.dtype))
+        upstream = _upstream(loss)
+        if scale is not None:
+            upstream = scale.to(loss.dtype) if upstream is None else upstream * scale.to(loss.dtype)
+        torch.autograd.grad(loss, variables, upstream)
 
     return forward_backward
 
@@ -271,13 +285,13 @@ def serving_backend(form: LossFn, problem: Problem) -> str:
     return next(line.split()[0] for line in lines if "serves this call" in line)
 
 
-def model_bytes(shape: Scenario, itemsize: int, mode: str) -> int:
+def model_bytes(shape: Scenario, itemsize: int, mode: str, experts: int = 1) -> int:
     """Bytes a loss cannot avoid to move: logits read once, the gradient written once, labels read, tables read once.
 
     Where the logits are frozen they are read twice instead. A teacher's logits are not counted.
     """
     passes = 1 if mode == "fwd" else 2
-    return passes * shape.n * shape.c * itemsize + 8 * shape.n + 4 * shape.c
+    return passes * experts * shape.n * shape.c * itemsize + 8 * shape.n + 4 * shape.c
 
 
 def measure(variant: Variant, shape: Scenario, device: Device, plan: Plan) -> Measurement:
@@ -296,7 +310,9 @@ def measure(variant: Variant, shape: Scenario, device: Device, plan: Plan) -> Me
         WrongResultError: ours is not the float64 loss.
     """
     dtype = DTYPES[plan.dtype]
-    problem = make_problem(shape, dtype, cosine=variant.cosine, device=device.name, seed=plan.seed)
+    problem = make_problem(
+        shape, dtype, cosine=variant.cosine, experts=variant.experts, device=device.name, seed=plan.seed
+    )
     exact = problem.logits.detach().double().requires_grad_()
     truth = loss_and_grad(variant.eager(problem, torch.float64), exact, problem.target)
     rounding = relative_l2(truth[1].to(dtype), truth[1])
@@ -318,14 +334,15 @@ def measure(variant: Variant, shape: Scenario, device: Device, plan: Plan) -> Me
 
     samples = interleave(calls, device, plan)
     times = {name: [sample.seconds for sample in samples[name]] for name in calls}
-    ideal = model_bytes(shape, dtype.itemsize, plan.mode)
-    copied = 2 * shape.n * shape.c * dtype.itemsize
+    experts = max(variant.experts, 1)
+    ideal = model_bytes(shape, dtype.itemsize, plan.mode, experts)
+    copied = 2 * experts * shape.n * shape.c * dtype.itemsize
     common = {
         "op": variant.op,
         "variant": variant.name,
         "scenario": shape.name,
         "source": shape.source,
-        "N": shape.n,
+        "N": experts * shape.n,  # rows of logits
         "C": shape.c,
         "dtype": plan.dtype,
         "mode": plan.mode,

@@ -56,7 +56,10 @@ def scenario(name: str) -> Scenario:
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one measurement: logits (N, C), target (N,), class_counts (C,) and class weights (C,) in float32."""
+    """Inputs of one measurement: target (N,), class_counts (C,), class weights (C,) in float32, logits.
+
+    The logits are (N, C), or (E, N, C) of several experts.
+    """
 
     logits: Tensor
     target: Tensor
@@ -64,13 +67,16 @@ class Problem:
     weight: Tensor
 
 
-def make_problem(shape: Scenario, dtype: torch.dtype, *, cosine: bool, device: str = "cpu", seed: int = 0) -> Problem:
+def make_problem(
+    shape: Scenario, dtype: torch.dtype, *, cosine: bool, experts: int = 0, device: str = "cpu", seed: int = 0
+) -> Problem:
     """Random logits, long-tailed labels and the class counts they were drawn from.
 
     Args:
         shape: batch shape.
         dtype: type of the logits.
         cosine: draw logits from [-1, 1], as a normalised head gives them; otherwise normal with deviation 2.
+        experts: how many experts the logits are of; 0 for logits without that dimension.
         device: where the tensors live, and are drawn: the same seed gives other numbers there.
         seed: of the generator.
 
@@ -82,10 +88,11 @@ def make_problem(shape: Scenario, dtype: torch.dtype, *, cosine: bool, device: s
     decay = torch.linspace(0, 1, shape.c, dtype=torch.float64, device=device)
     counts = (LARGEST_CLASS * IMBALANCE_FACTOR**-decay).round().long()
     target = torch.multinomial(counts.double(), shape.n, replacement=True, generator=generator)
+    size = (*([experts] if experts else []), shape.n, shape.c)
     if cosine:
-        values = torch.rand(shape.n, shape.c, generator=generator, device=device) * 2 - 1
+        values = torch.rand(size, generator=generator, device=device) * 2 - 1
     else:
-        values = torch.randn(shape.n, shape.c, generator=generator, device=device) * 2
+        values = torch.randn(size, generator=generator, device=device) * 2
     leaf = values.to(dtype).requires_grad_()
     weight = counts.sum() / (shape.c * counts)  # inverse frequency, scikit-learn's "balanced"
     return Problem(leaf.view_as(leaf), target, counts, weight.float())

@@ -29,6 +29,11 @@ ROW_LIMITS: dict[tuple[str, str], dict[str, float]] = {
     ("kd", peers.EAGER): {"256x1000": 0.3, "512x8142": 0.3},
     ("sigmoid_focal", peers.PUBLISHED): {"256x1000": 0.2, "512x8142": 0.2},
     ("eql_v2", peers.EAGER): {"256x1000": 0.2, "512x8142": 0.2},
+    ("ride", peers.PUBLISHED): {"256x1000": 0.1, "128x8142": 0.1},
+    ("ride", peers.COMPILE): {"256x1000": 0.35, "128x8142": 0.35},
+    ("sade", peers.PUBLISHED): {"256x1000": 0.25, "128x8142": 0.25},
+    ("sade", peers.COMPILE): {"256x1000": 0.5, "128x8142": 0.5},
+    ("aggregate_probs", peers.EAGER): {"256x1000": 0.35, "128x8142": 0.35},
     ("two_labels", peers.PUBLISHED): {"256x1000": 0.35, "512x8142": 0.35},
 }
 SMALL_BATCH = "128x100"
