@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ltkernels.ops.options import Reduction
 from ltkernels.triton import cross_entropy as triton_cross_entropy
+from ltkernels.triton import distillation as triton_distillation
 from ltkernels.triton import lade as triton_lade
 from ltkernels.triton import row_cross_entropy as triton_row_cross_entropy
 from ltkernels.triton import sampling as triton_sampling
@@ -69,6 +70,11 @@ def test_binary_cross_entropy() -> None:
     long = "(long_rows and (5003 or 1025 or drop)) or (forms and (fraction or clip or suppression)) or every_second"
     of_the_machinery = "double_backward or compiled"
     _interpret("test_binary_cross_entropy.py", "-k", f"triton and not ({long} or {of_the_machinery})")
+
+
+def test_distillation() -> None:
+    long = "(values and (1029 or 5003)) or strides_and_types or opcheck or compiles"
+    _interpret("test_distillation.py", "-k", f"triton and not ({long})")
 
 
 def test_row_cross_entropy() -> None:
@@ -226,7 +232,13 @@ def test_programs_share_tiles_evenly() -> None:
 
 
 def test_every_variant_has_a_name_of_its_own() -> None:
-    for module in (triton_cross_entropy, triton_sampling, triton_lade, triton_row_cross_entropy):
+    for module in (
+        triton_cross_entropy,
+        triton_sampling,
+        triton_lade,
+        triton_row_cross_entropy,
+        triton_distillation,
+    ):
         variants = module.variants()
         assert len({variant.name for variant in variants}) == len(variants)
         for variant in variants:
