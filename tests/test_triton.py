@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ltkernels.ops.options import Reduction
 from ltkernels.triton import cross_entropy as triton_cross_entropy
 from ltkernels.triton import distillation as triton_distillation
+from ltkernels.triton import expert_cross_entropy as triton_expert_cross_entropy
 from ltkernels.triton import lade as triton_lade
 from ltkernels.triton import row_cross_entropy as triton_row_cross_entropy
 from ltkernels.triton import sampling as triton_sampling
@@ -75,6 +76,11 @@ def test_binary_cross_entropy() -> None:
 def test_distillation() -> None:
     long = "(values and (1029 or 5003)) or strides_and_types or opcheck or compiles"
     _interpret("test_distillation.py", "-k", f"triton and not ({long})")
+
+
+def test_expert_cross_entropy() -> None:
+    long = "(values and (1029 or 100 or float16 or 17)) or (layouts and (padded or samples))"
+    _interpret("test_expert_cross_entropy.py", "-k", f"triton and not ({long})")
 
 
 def test_row_cross_entropy() -> None:
@@ -238,6 +244,7 @@ def test_every_variant_has_a_name_of_its_own() -> None:
         triton_lade,
         triton_row_cross_entropy,
         triton_distillation,
+        triton_expert_cross_entropy,
     ):
         variants = module.variants()
         assert len({variant.name for variant in variants}) == len(variants)
