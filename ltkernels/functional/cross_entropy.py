@@ -261,6 +261,39 @@ def _cached_options(*scalars: Any) -> tuple[CrossEntropyOptions, float]:
 _MARGIN_TYPES = {"additive": 0, "arc": 1, "arc_straight_through": 2}
 
 
+@lru_cache(maxsize=256, typed=True)
+def _row_options(
+    margin_type: str, smoothing_mode: str, influence_alpha: float, influence_eps: float, *scalars: Any
+) -> tuple[RowCrossEntropyOptions, float]:
+    """As :func:`_options`, whose arguments are the ``scalars``."""
+    shared, divisor = _options.__wrapped__(*scalars)
+    options = RowCrossEntropyOptions(
+        shared.ignore_index,
+        shared.reduction,
+        shared.label_smoothing,
+        smoothing_mode == "off_target",
+        shared.scale,
+        _MARGIN_TYPES[margin_type],
+        shared.focal_gamma,
+        shared.focal_weighted,
+        shared.focal_detached,
+        arg.number("influence_alpha", influence_alpha, 0.0, math.inf, open_low=True),
+        arg.number("influence_eps", influence_eps, 0.0, math.inf, open_low=True),
+        shared.z_loss,
+        shared.empty_zero,
+    )
+    return options, divisor
+
+
+def _cached_row_options(*scalars: Any) -> tuple[RowCrossEntropyOptions, float]:
+    if torch.compiler.is_compiling():
+        return _row_options.__wrapped__(*scalars)
+    try:
+        return _row_options(*scalars)
+    except TypeError:
+        return _row_options.__wrapped__(*scalars)
+
+
 def _of_rows(
     input: Tensor,
     target: Target,
@@ -302,28 +335,13 @@ def _of_rows(
     given: Tensor | None = None
     if isinstance(denominator, Tensor):
         given, denominator = given_denominator(denominator, reduction), 1.0
-    shared, divisor = _cached_options(
-        ignore_index, reduction, eps, scale, focal_gamma, focal_pt, focal_grad,
-        z_loss, denominator, empty,
+    options, divisor = _cached_row_options(
+        margin_type, smoothing_mode, influence_alpha, influence_eps,
+        ignore_index, reduction, eps, scale, focal_gamma, focal_pt, focal_grad, z_loss, denominator, empty,
     )  # fmt: skip
-    options = RowCrossEntropyOptions(
-        shared.ignore_index,
-        shared.reduction,
-        shared.label_smoothing,
-        smoothing_mode == "off_target",
-        shared.scale,
-        _MARGIN_TYPES[margin_type],
-        shared.focal_gamma,
-        shared.focal_weighted,
-        shared.focal_detached,
-        arg.number("influence_alpha", influence_alpha, 0.0, math.inf, open_low=True),
-        arg.number("influence_eps", influence_eps, 0.0, math.inf, open_low=True),
-        shared.z_loss,
-        shared.empty_zero,
-    )
     loss = rows(
         input, target, options, weight=weight, class_scale=class_scale, class_bias=class_bias,
         class_margin=class_margin, class_smoothing=class_smoothing,
         sample_weight=sample_weight, row_gate=row_gate, feature_norm=feature_norm, inplace=inplace,
     )  # fmt: skip
-    return divided(loss, given, divisor, shared.empty_zero)
+    return divided(loss, given, divisor, options.empty_zero)

@@ -55,7 +55,7 @@ def rows(
     def table(name: str, value: Tensor | float | None, scalar: bool = False) -> Tensor | None:
         return None if value is None else arg.class_vector(name, value, x, scalar)
 
-    if lam is not None:
+    if lam is not None and lam.shape != (1,):
         lam = shaped(lam) if lam.dim() else lam.reshape(1)
     loss = _op.row_cross_entropy(
         (
@@ -74,7 +74,7 @@ def rows(
 
 
 def _labels(input: Tensor, target: Target) -> tuple[list[Tensor], Tensor | None]:
-    """Labels of one kind or two, and the share of the first: 0-d on the CPU, or a tensor of the labels' shape."""
+    """Labels of one kind or two, and the share of the first: one number, or a tensor of the labels' shape."""
     if not isinstance(target, tuple):
         _check_labels("target", input, target)
         return [target], None
@@ -100,8 +100,8 @@ def _labels(input: Tensor, target: Target) -> tuple[list[Tensor], Tensor | None]
     elif torch.compiler.is_compiling():
         lam = torch.full(() if input.is_cpu else tuple(first.shape), float(lam), dtype=dtype, device=input.device)
     else:
-        lam = torch.tensor(arg.number("lam", lam, 0.0, 1.0), dtype=dtype)
-    return [first, second.to(first.dtype)], lam
+        lam = torch.full((1,), arg.number("lam", lam, 0.0, 1.0), dtype=dtype)
+    return [first, second if second.dtype is first.dtype else second.to(first.dtype)], lam
 
 
 def _check_labels(name: str, input: Tensor, target: Tensor) -> None:
@@ -185,6 +185,39 @@ def seesaw_cross_entropy(
     Source:
         Wang et al., "Seesaw Loss for Long-Tailed Instance Segmentation", CVPR 2021, equations 3 to 6.
     """
+    arg.check_logits("input", input)
+    counts = arg.tensor("class_counts", class_counts)
+    if counts.dtype not in arg.INTEGER_TYPES and not counts.is_floating_point():
+        raise TypeError(f"class_counts: expected an integer or floating type, found {counts.dtype}")
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    if counts.shape != (classes,):
+        raise ValueError(f"class_counts: expected shape ({classes},), found {tuple(counts.shape)}")
+    if counts.device != input.device:
+        raise ValueError(f"class_counts: expected device {input.device} as input's, found {counts.device}")
+    if counts.is_cpu and arg.may_look(counts):
+        good = (counts >= 0) & (counts < math.inf) if counts.is_floating_point() else counts >= 0
+        if not bool(good.all()):
+            at = int((~good).nonzero()[0])
+            raise ValueError(f"class_counts: expected finite values >= 0, found {counts[at].item():g} at index {at}")
+    return seesaw_of_log_counts(
+        input, target, log_counts(counts, input), p=p, q=q, eps=eps, weight=weight, sample_weight=sample_weight,
+        ignore_index=ignore_index, reduction=reduction, scale=scale, denominator=denominator, empty=empty,
+    )  # fmt: skip
+
+
+def log_counts(class_counts: Tensor, input: Tensor) -> Tensor:
+    """``log max(n, 1)`` in the type of the computation.
+
+    In float32 the rounding of a count over 2^24 moves its logarithm by less than the logarithm itself is rounded.
+    """
+    return class_counts.detach().to(arg.compute_type(input)).clamp_min(1.0).log()
+
+
+def seesaw_of_log_counts(
+    input: Tensor, target: Tensor, table: Tensor, *, p: float, q: float, eps: float, ignore_index: int, reduction: str,
+    scale: float, denominator: str | float | Tensor, empty: str, weight: Tensor | None, sample_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """:func:`seesaw_cross_entropy` for counts that need no look, by their logarithms."""
     options, finish = pair_options(
         reduction,
         denominator if reduction == "mean" or denominator != "count" else "weight",
@@ -196,30 +229,7 @@ def seesaw_cross_entropy(
         pair_q=arg.number("q", q, 0.0, math.inf),
         pair_eps=arg.number("eps", eps, 0.0, 1.0, open_low=True),
     )
-    return finish(
-        rows(
-            input, target, options, weight=weight, sample_weight=sample_weight,
-            pair=lambda x: _log_counts(class_counts, x),
-        )
-    )  # fmt: skip
-
-
-def _log_counts(class_counts: Tensor, logits: Tensor) -> Tensor:
-    """``log max(n, 1)`` in the type of the computation."""
-    counts = arg.tensor("class_counts", class_counts)
-    if counts.dtype not in arg.INTEGER_TYPES and not counts.is_floating_point():
-        raise TypeError(f"class_counts: expected an integer or floating type, found {counts.dtype}")
-    if counts.shape != logits.shape[1:2]:
-        raise ValueError(f"class_counts: expected shape ({logits.shape[1]},), found {tuple(counts.shape)}")
-    if counts.device != logits.device:
-        raise ValueError(f"class_counts: expected device {logits.device} as input's, found {counts.device}")
-    if counts.is_cpu and arg.may_look(counts):
-        good = (counts >= 0) & (counts < math.inf) if counts.is_floating_point() else counts >= 0
-        if not bool(good.all()):
-            at = int((~good).nonzero()[0])
-            raise ValueError(f"class_counts: expected finite values >= 0, found {counts[at].item():g} at index {at}")
-    # In float32 the rounding of a count over 2^24 moves its logarithm by less than the logarithm is rounded.
-    return counts.detach().to(torch.float64 if logits.dtype == torch.float64 else torch.float32).clamp_min(1.0).log()
+    return finish(rows(input, target, options, weight=weight, sample_weight=sample_weight, pair=lambda x: table))
 
 
 def pairwise_cross_entropy(

@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from ltkernels import arguments as arg
 from ltkernels import functional, rebalance
+from ltkernels.functional.row_cross_entropy import log_counts, seesaw_of_log_counts
 from ltkernels.losses.base import WeightedLossModule
 from ltkernels.rebalance import ClassCounts, DeferredReweighting
 
@@ -155,10 +156,10 @@ class SeesawLoss(_PairLoss):
             raise TypeError(f"target: expected labels of an integer type for this loss, found {found}")
         if self.training:
             counts = counts + self._counts_of(target)
-        loss = functional.seesaw_cross_entropy(
+        loss = seesaw_of_log_counts(
             input,
             target,
-            counts if self.update == "before" else self.class_counts.clone(),
+            log_counts(counts if self.update == "before" else self.class_counts, input),
             p=self.p,
             q=self.q,
             eps=self.eps,
@@ -170,14 +171,15 @@ class SeesawLoss(_PairLoss):
         return loss
 
     def _counts_of(self, target: Tensor) -> Tensor:
-        """Labels of a batch by class; ignored and wrong ones fall into a bin of their own."""
-        labels = target.detach().reshape(-1).long()
-        outside = (labels < 0) | (labels >= self.num_classes) | (labels == self.ignore_index)
-        labels = torch.where(outside, self.num_classes, labels)
-        counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=labels.device)
-        counts = counts.scatter_add(0, labels, torch.ones_like(labels))[: self.num_classes].contiguous()
+        """Labels of a batch by class; ignored and wrong ones fall into bins of their own, before and behind."""
+        bins = target.detach().reshape(-1).long().clamp(-1, self.num_classes).add_(1)
+        counts = torch.zeros(self.num_classes + 2, dtype=torch.int64, device=bins.device)
+        counts = counts.scatter_(0, bins, 1, reduce="add")[1:-1]
+        if 0 <= self.ignore_index < self.num_classes:
+            counts[self.ignore_index] = 0
         if self.process_group is not None:
             group = None if self.process_group is True else self.process_group
+            counts = counts.contiguous()
             distributed.all_reduce(counts, group=group)
         return counts
 
