@@ -17,13 +17,22 @@ import torch.nn.functional as F
 from ltkernels import losses
 from ltkernels.bench import main, peers, report, runner, targets
 from ltkernels.bench.device import Cpu, Sample
+from ltkernels.bench.peers_binary import BINARY_VARIANTS
 from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
+from ltkernels.bench.peers_experts import EXPERT_VARIANTS
 from ltkernels.bench.peers_lade import LADE_VARIANTS
 from ltkernels.bench.peers_rows import ROW_VARIANTS, SEESAW_FIXED
 from ltkernels.bench.scenarios import SCENARIOS, Scenario, make_problem, scenario
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = {v.name: v for v in (*peers.VARIANTS, *ROW_VARIANTS, SEESAW_FIXED, *LADE_VARIANTS, *DISTILLATION_VARIANTS)}
+VARIANTS = {
+    v.name: v
+    for variants in (
+        peers.VARIANTS, ROW_VARIANTS, LADE_VARIANTS, DISTILLATION_VARIANTS, EXPERT_VARIANTS, BINARY_VARIANTS,
+        (SEESAW_FIXED,),
+    )
+    for v in variants
+}  # fmt: skip
 QUICK = runner.Plan(seconds=0, compile=False, min_rounds=3, max_rounds=3)
 TINY = Scenario(6, 5, "custom")  # few rows, more than one class per row, odd sizes
 
