@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ltkernels.ops.options import Reduction
+from ltkernels.triton import aggregate_experts as triton_aggregate_experts
 from ltkernels.triton import cross_entropy as triton_cross_entropy
 from ltkernels.triton import distillation as triton_distillation
 from ltkernels.triton import expert_cross_entropy as triton_expert_cross_entropy
@@ -76,6 +77,11 @@ def test_binary_cross_entropy() -> None:
 def test_distillation() -> None:
     long = "(values and (1029 or 5003)) or strides_and_types or opcheck or compiles"
     _interpret("test_distillation.py", "-k", f"triton and not ({long})")
+
+
+def test_aggregate_experts() -> None:
+    long = "(values and (1029 or 100 or 17 or float)) or layouts or (best_classes and (1029 or bfloat16))"
+    _interpret("test_aggregate_experts.py", "-k", f"triton and not ({long})")
 
 
 def test_expert_cross_entropy() -> None:
@@ -245,6 +251,7 @@ def test_every_variant_has_a_name_of_its_own() -> None:
         triton_row_cross_entropy,
         triton_distillation,
         triton_expert_cross_entropy,
+        triton_aggregate_experts,
     ):
         variants = module.variants()
         assert len({variant.name for variant in variants}) == len(variants)

@@ -33,11 +33,16 @@ def plan_forward(
     heavy: bool,
     multiprocessors: int,
     logits: int,
+    out: tuple[Any, ...] | None = None,
 ) -> Plan:
-    """``input`` and ``target`` are strides, bytes an element and address; those of probabilities are as long."""
-    grouped = tiles.group_rows(shape, input[0], target[0])
-    of_input, of_target = grouped.strides
+    """``input`` and ``target`` are strides, bytes an element and address; those of probabilities are as long.
+
+    So is ``out``, a tensor of the logits' shape that is written.
+    """
+    grouped = tiles.group_rows(shape, input[0], target[0], input[0] if out is None else out[0])
+    of_input, of_target, of_out = grouped.strides
     visited = [(of_input, *input[1:])] + ([(of_target, *target[1:])] if len(target[0]) == len(shape) else [])
+    visited += [] if out is None else [(of_out, *out[1:])]
     by = tiles.access(shape[1], grouped, visited)
     logits = logits // 2 if heavy or input[1] == 8 else logits
     columns, warps = tiles.next_power_of_2(shape[1]), tiles.WARPS
@@ -49,7 +54,7 @@ def plan_forward(
     programs = tiles.even_share(tile.count(grouped), most)
     return Plan(
         programs, 1, 2 * programs,
-        (shape[1], grouped.groups, grouped.inner, *of_input, *of_target),
+        (shape[1], grouped.groups, grouped.inner, *of_input, *of_target, *(() if out is None else of_out)),
         (*by, tile.K, tile.R, tile.L, tile.columns >= shape[1]), warps,
     )  # fmt: skip
 
