@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, bench, functional, losses, rebalance, samplers
+    from . import backends, bench, experts, functional, losses, rebalance, samplers
     from .backends import available_backends, explain, use_backend
     from .calibration import DisAlignCalibration, LearnableWeightScaling
     from .heads import CosineLinear
@@ -31,6 +31,7 @@ __all__ = [
     "backends",
     "bench",
     "check",
+    "experts",
     "explain",
     "functional",
     "losses",
@@ -39,7 +40,7 @@ __all__ = [
     "use_backend",
 ]
 
-_MODULES = ("backends", "bench", "functional", "losses", "rebalance", "samplers")
+_MODULES = ("backends", "bench", "experts", "functional", "losses", "rebalance", "samplers")
 _OWNERS = {
     "CosineLinear": "heads",
     "DisAlignCalibration": "calibration",

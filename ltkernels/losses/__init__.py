@@ -11,6 +11,7 @@ module                                   losses
 state that training moves on
 `lade`, by columns of the batch too      `LADELoss`
 `distillation`, towards a teacher        `DistillationLoss`
+`experts`, of several at once            `RIDELoss`, `SADELoss`
 `sigmoid`, each class for itself         `ClassBalancedSigmoidLoss`, `SigmoidFocalLoss`, `AsymmetricLoss`
 `detection`, the same, with a choice     `EqualizationLoss`, `EqualizationLossV2`, `DropLoss`, `ACSLLoss`,
 of negatives                             `FederatedLoss`
@@ -24,6 +25,7 @@ Every loss has ``set_epoch``, so a training loop need not know which of them hav
 
 from ltkernels.losses.detection import ACSLLoss, DropLoss, EqualizationLoss, EqualizationLossV2, FederatedLoss
 from ltkernels.losses.distillation import DistillationLoss
+from ltkernels.losses.experts import RIDELoss, SADELoss
 from ltkernels.losses.lade import LADELoss
 from ltkernels.losses.pairs import SeesawLoss, SoftmaxEqualizationLoss
 from ltkernels.losses.rows import ArcFaceLoss, InfluenceBalancedLoss, LabelAwareSmoothingLoss
@@ -59,6 +61,8 @@ __all__ = [
     "LDAMLoss",
     "LabelAwareSmoothingLoss",
     "LogitAdjustedLoss",
+    "RIDELoss",
+    "SADELoss",
     "SeesawLoss",
     "SigmoidFocalLoss",
     "SoftmaxEqualizationLoss",
