@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltkernels import arguments as arg
+from ltkernels.functional.unit import unit
 
 __all__ = ["CosineLinear"]
-
-_EPS = 1e-12  # F.normalize's: a zero vector has cosine 0 with everything
 
 
 class CosineLinear(nn.Module):
@@ -76,13 +75,13 @@ class CosineLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Draws new class vectors: random directions of length 1."""
         with torch.no_grad():
-            self.weight.copy_(_unit(self.weight.uniform_(-1, 1)))
+            self.weight.copy_(unit(self.weight.uniform_(-1, 1)))
 
     def forward(self, input: Tensor) -> Tensor:
         """Cosines times ``scale``: ``(..., D)`` to ``(..., C)``."""
         if input.shape[-1:] != (self.in_features,):
             raise ValueError(f"input: expected shape (..., {self.in_features}), found {tuple(input.shape)}")
-        return F.linear(_unit(input, self.scale), _unit(self.weight))
+        return F.linear(unit(input, self.scale), unit(self.weight))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scale={self.scale:g}"
@@ -93,10 +92,3 @@ def _size(name: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, found {value}")
     return value
-
-
-def _unit(vectors: Tensor, scale: float = 1.0) -> Tensor:
-    """Vectors along the last dimension brought to length ``scale``."""
-    dtype = torch.promote_types(vectors.dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype).clamp_min(_EPS)
-    return (vectors * (scale / norm)).to(vectors.dtype)

@@ -7,53 +7,22 @@ is what the kernels are compared with; every run checks on its own logits that b
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from longtail_experts import EXPERT_METHODS
+from longtail_method import DRW_START, Loss, Method
 from longtail_metrics import FEW_SHOT_BELOW
 from longtail_plan import Settings
 from torch import Tensor, nn
 
 import ltkernels as ltk
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
 MAX_M, S = 0.5, 30.0  # LDAM (Cao et al. 2019); the scale of ArcFace too
-DRW_START = 0.8  # share of the epochs before its weights start: 160 of 200
 BETA = 0.9999  # effective number (Cui et al. 2019), also LDAM-DRW's
 TAU = 1.0  # logit adjustment (Menon et al. 2021)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to train.
-
-    Attributes:
-        build: from class counts ``(C,)`` and the settings of the run to the loss of ltkernels.
-        plain: from class counts and that loss, whose settings it shares, to the same loss in plain PyTorch.
-        cosine: whether the head is a cosine head.
-        sigmoid: whether the loss is on sigmoids. They start at 1 / C then, as Cui et al. 2019 published it; from 1/2
-            the short recipes here would spend their epochs on pushing all classes down.
-        certain: settings of a loss that draws at random with which it has no choice.
-    """
-
-    build: Callable[[Tensor, Settings], nn.Module]
-    plain: Callable[[Tensor, Any], Loss]
-    cosine: bool = False
-    sigmoid: bool = False
-    certain: Mapping[str, float] = field(default_factory=dict)
-
-    def exact(self, loss: nn.Module) -> nn.Module:
-        """A copy of the loss in which nothing is left to chance, so that the plain form can be compared with it."""
-        loss = copy.deepcopy(loss)
-        for name, value in self.certain.items():
-            setattr(loss, name, value)
-        return loss
 
 
 def _plain_ce(counts: Tensor, loss: Any) -> Loss:
@@ -223,6 +192,7 @@ METHODS = {
         _plain_class_balanced_sigmoid,
         sigmoid=True,
     ),
+    **EXPERT_METHODS,
 }
 """What is trained. Post-hoc logit adjustment is not: it is the model of ``ce``, its logits adjusted at evaluation."""
 

@@ -24,6 +24,11 @@ TITLES = {
     "lade": "LADE",
     "sigmoid-focal": "sigmoid focal",
     "cb-sigmoid": "class-bal. sigmoid",
+    "ride": "RIDE",
+    "sade": "SADE",
+    "bbn": "BBN",
+    "ace": "ACE",
+    "lfme": "LFME",
 }
 """Methods in the order of tables and plots."""
 

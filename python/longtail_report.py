@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -48,8 +49,12 @@ def collect(data: LongTailData, results: Sequence[dict[str, Any]], methods: Sequ
         "methods": {
             method: {
                 "title": TITLES[method],
-                "accuracy": _accuracy(runs, method),
+                "accuracy": _accuracy([run["outcomes"][method] for run in runs]),
                 "recall": np.mean([run["outcomes"][method]["recall"] for run in runs], axis=0).tolist(),
+                "experts": [
+                    _accuracy([run["outcomes"][method]["experts"][place] for run in runs])
+                    for place in range(len(runs[0]["outcomes"][method].get("experts", [])))
+                ],
                 "time": None if method != trained_method(method) else _times(runs),
             }
             for method, runs in runs_of.items()
@@ -58,11 +63,11 @@ def collect(data: LongTailData, results: Sequence[dict[str, Any]], methods: Sequ
     }
 
 
-def _accuracy(runs: Sequence[dict[str, Any]], method: str) -> dict[str, dict[str, float | None]]:
-    values = {metric: [run["outcomes"][method][metric] for run in runs] for metric in METRICS}
+def _accuracy(seeds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    values = {metric: [figures[metric] for figures in seeds] for metric in METRICS}
     return {
-        metric: {"mean": float(np.mean(seeds)), "sd": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None}
-        for metric, seeds in values.items()
+        metric: {"mean": float(np.mean(found)), "sd": float(np.std(found, ddof=1)) if len(found) > 1 else None}
+        for metric, found in values.items()
     }
 
 
@@ -91,8 +96,15 @@ def print_tables(console: Console, summary: dict[str, Any]) -> None:
     accuracy = _table(f"Accuracy in % on the {summary['data']['evaluated_on']}: {spread}", METRICS.values())
     best = {metric: max(_percent(method, metric) for method in methods) for metric in METRICS}
     for method in methods:
-        accuracy.add_row(method["title"], *(_cell(method, metric, best[metric]) for metric in METRICS))
+        accuracy.add_row(method["title"], *(_cell(method["accuracy"], metric, best[metric]) for metric in METRICS))
     console.print(accuracy)
+
+    experts = _table("Each expert alone", METRICS.values())
+    for method in methods:
+        for place, figures in enumerate(method["experts"], start=1):
+            experts.add_row(f"{method['title']}, expert {place}", *(_cell(figures, metric) for metric in METRICS))
+    if experts.row_count:
+        console.print(experts)
 
     time = _table(
         f"Loss, forward and backward, in ms: medians, one thread, {summary['backend']} backend",
@@ -132,8 +144,8 @@ def _percent(method: dict[str, Any], metric: str) -> float:
     return 100 * float(method["accuracy"][metric]["mean"])
 
 
-def _cell(method: dict[str, Any], metric: str, best: float) -> str:
-    mean, sd = _percent(method, metric), method["accuracy"][metric]["sd"]
+def _cell(accuracy: dict[str, Any], metric: str, best: float | None = None) -> str:
+    mean, sd = 100 * float(accuracy[metric]["mean"]), accuracy[metric]["sd"]
     if math.isnan(mean):
         return "-"
     text = f"{mean:.1f}" if sd is None else f"{mean:.1f}±{100 * sd:.1f}"
@@ -198,7 +210,7 @@ def draw_plot(path: Path, summary: dict[str, Any]) -> None:
     bins = _frequency_bins(counts)
     centres = [np.exp(np.log(counts[members]).mean()) for members in bins]
     figure, axes = plt.subplots(figsize=(10, 5.2), layout="constrained")
-    for (name, method), marker in zip(summary["methods"].items(), "osD^v<>", strict=False):
+    for (name, method), marker in zip(summary["methods"].items(), itertools.cycle("osD^v<>"), strict=False):
         recall = np.array(method["recall"])
         line = [100 * np.nanmean(recall[members]) for members in bins]
         dashes = "-" if name == trained_method(name) else "--"

@@ -2,7 +2,7 @@
 
 A run is a function of its settings: stopped anywhere and resumed from its checkpoint, it ends with the same bits. For
 that a checkpoint holds the model, the optimizer, the loss (schedules such as DRW live in its buffers), the
-learning-rate schedule, torch's random state, and where in its stream the sampler is: three numbers.
+learning-rate schedule, torch's random state, and where in its stream each sampler is: three numbers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import longtail_metrics
 import numpy as np
 import torch
 from longtail_data import LongTailData
-from longtail_methods import METHODS, Loss, check_agreement, evaluations
-from longtail_model import Batches, Classifier
+from longtail_method import Loss
+from longtail_methods import METHODS, check_agreement, evaluations
+from longtail_model import Batches
 from longtail_plan import Settings, Task
 from torch import Tensor
 from workers import Link, Stopped, UserError
@@ -31,6 +32,8 @@ import ltkernels as ltk
 MEASURE_EVERY = 10
 """Every tenth step times the loss alone, with ltkernels and in plain PyTorch; the others are timed as whole steps."""
 TEST_BATCH = 1024
+SEED_OF_SECOND = 2**32
+"""Between the seeds of two samplers: that of a run is small."""
 
 
 @lru_cache(maxsize=1)
@@ -82,27 +85,32 @@ class Run:
         self.settings, self.data, self.batches = settings, data, batches
         part = longtail_data.split(data, settings.seed, validate=settings.validate)
         self.labels = torch.from_numpy(data.labels)
+        self.train = torch.from_numpy(part.train)
         self.test = torch.from_numpy(part.test)
         self.class_counts = torch.from_numpy(part.class_counts)
         self.steps_per_epoch = math.ceil(len(part.train) / settings.batch_size)
-        self.total_steps = settings.epochs * self.steps_per_epoch
+        self.method = METHODS[settings.method]
+        self.total_steps = self.method.stages * settings.epochs * self.steps_per_epoch
 
         torch.manual_seed(settings.seed)
-        self.method = METHODS[settings.method]
-        self.model = Classifier(data, cosine=self.method.cosine, sigmoid=self.method.sigmoid)
         self.loss: Any = self.method.build(self.class_counts, settings)
+        self.model = self.method.classifier(data, self.loss)
         self.plain_loss = self.method.plain(self.class_counts, self.loss)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=self.total_steps)
+        self.schedule = self._stage_schedule()
 
-        self.sampler = ltk.samplers.LongTailSampler(
-            data.labels,
-            settings.sampler,
-            indices=part.train,
-            num_samples=len(part.train),
-            seed=settings.seed,
-            **({"epochs": settings.epochs} if settings.sampler == "progressive" else {}),
-        )
+        strategies = [settings.sampler, "reversed"] if self.method.paired else [settings.sampler]
+        self.samplers = [
+            ltk.samplers.LongTailSampler(
+                data.labels,
+                strategy,
+                indices=part.train,
+                num_samples=len(part.train),
+                seed=settings.seed + place * SEED_OF_SECOND,
+                **({"epochs": settings.epochs} if strategy == "progressive" else {}),
+            )
+            for place, strategy in enumerate(strategies)
+        ]
         self.step = 0
         self.losses: list[float] = []
         self.timings: dict[str, list[float]] = {"step": [], "loss": [], "plain_loss": []}
@@ -119,16 +127,23 @@ class Run:
         """One step of the run."""
         epoch, batch = divmod(self.step, self.steps_per_epoch)
         if batch == 0:
+            if epoch and epoch % self.settings.epochs == 0:
+                self.schedule = self._stage_schedule()
             self.loss.set_epoch(epoch)
-            self.sampler.set_epoch(epoch)
+            if self.method.watches:
+                self.loss.watch(self.logits(self.train), self.labels[self.train])
+            for sampler in self.samplers:
+                sampler.set_epoch(epoch)
             self.losses.append(0.0)
         first = batch * self.settings.batch_size
-        rows = self.sampler.indices(first, min(first + self.settings.batch_size, len(self.sampler)))
+        last = min(first + self.settings.batch_size, len(self.train))
+        rows = torch.cat([sampler.indices(first, last) for sampler in self.samplers])
+        full = last - first == self.settings.batch_size
 
         start = time.perf_counter()
         logits = self.model(*self.batches.batch(rows))
         labels = self.labels[rows]
-        measure = self.step % MEASURE_EVERY == 0 and len(rows) == self.settings.batch_size
+        measure = self.step % MEASURE_EVERY == 0 and full
         if measure:
             self._measure_loss(logits, labels)
         loss = self.loss(logits, labels)
@@ -136,7 +151,7 @@ class Run:
         loss.backward()
         self.optimizer.step()
         value = loss.item()
-        if not measure and len(rows) == self.settings.batch_size:
+        if not measure and full:
             self.timings["step"].append(time.perf_counter() - start)
 
         self.schedule.step()
@@ -146,6 +161,12 @@ class Run:
             raise UserError(
                 f"{self.settings.method}, seed {self.settings.seed}: the loss is {value} at step {self.step}"
             )
+
+    def _stage_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate  # a stage before ended at 0
+        steps = self.settings.epochs * self.steps_per_epoch
+        return torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
 
     def _measure_loss(self, logits: Tensor, labels: Tensor) -> None:
         """Times forward and backward of the loss alone, both ways on the same logits; which goes first alternates.
@@ -176,7 +197,10 @@ class Run:
             "loss": self.loss.state_dict(),
             "schedule": self.schedule.state_dict(),
             "random": torch.get_rng_state(),
-            "sampler": self.sampler.state_dict(consumed=self.step % self.steps_per_epoch * self.settings.batch_size),
+            "samplers": [
+                sampler.state_dict(consumed=self.step % self.steps_per_epoch * self.settings.batch_size)
+                for sampler in self.samplers
+            ],
             "step": self.step,
             "losses": self.losses,
             "timings": self.timings,
@@ -188,19 +212,31 @@ class Run:
         self.loss.load_state_dict(state["loss"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
-        self.sampler.load_state_dict(state["sampler"])
+        for sampler, saved in zip(self.samplers, state["samplers"], strict=True):
+            sampler.load_state_dict(saved)
         self.step = state["step"]
         self.losses, self.timings = state["losses"], state["timings"]
 
     @torch.no_grad()
+    def logits(self, rows: Tensor) -> Tensor:
+        """The model's logits of some samples."""
+        self.model.eval()
+        parts = [self.model(*self.batches.batch(some)) for some in torch.split(rows, TEST_BATCH)]
+        self.model.train()
+        return torch.cat(parts, dim=-2)  # experts have a dimension before
+
     def result(self) -> dict[str, Any]:
         """Figures of the trained model on the test part, by method, and the timings."""
-        logits = torch.cat([self.model(*self.batches.batch(rows)) for rows in torch.split(self.test, TEST_BATCH)])
-        labels, counts = self.data.labels[self.test.numpy()], self.class_counts.numpy()
-        outcomes = {}
-        for name, adjusted in evaluations(self.settings.method, logits, self.class_counts).items():
-            recall = longtail_metrics.per_class_recall(adjusted.argmax(1).numpy(), labels, self.data.num_classes)
-            outcomes[name] = {"recall": recall.tolist(), **longtail_metrics.summarize(recall, labels, counts)}
+        logits = self.logits(self.test)
+        predicted = self.method.predict(self.loss, logits)
+        counts = self.class_counts.numpy()
+        outcomes = {
+            name: self._figures(adjusted)
+            for name, adjusted in evaluations(self.settings.method, predicted, self.class_counts).items()
+        }
+        if self.method.each is not None:
+            experts = self.method.each(self.loss, logits)
+            outcomes[self.settings.method]["experts"] = [self._figures(expert) for expert in experts]
         backend = self.settings.backend or ltk.available_backends("cpu")[0]
         return {
             "settings": asdict(self.settings),
@@ -216,3 +252,9 @@ class Run:
                 "python": platform.python_version(),
             },
         }
+
+    def _figures(self, logits: Tensor) -> dict[str, Any]:
+        """How good the test part's logits are: recall by class, and its means."""
+        labels = self.data.labels[self.test.numpy()]
+        recall = longtail_metrics.per_class_recall(logits.argmax(1).numpy(), labels, self.data.num_classes)
+        return {"recall": recall.tolist(), **longtail_metrics.summarize(recall, labels, self.class_counts.numpy())}

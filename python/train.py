@@ -1,12 +1,13 @@
 """Trains small classifiers on real long-tailed data with ltkernels: what each method gains, what it costs in accuracy
 elsewhere, and what its loss takes of a training step.
 
-All methods and seeds train side by side, each in a process of one thread. Two tables and one sentence are printed; a
-plot (accuracy.png), everything as JSON (results.json) and the checkpoints go to --out. A call that was stopped or
-killed goes on with --resume, and ends with the same result.
+All methods and seeds train side by side, each in a process of one thread. Two tables and one sentence are printed, and
+for methods of several experts a table of each expert alone; a plot (accuracy.png), everything as JSON (results.json)
+and the checkpoints go to --out. A call that was stopped or killed goes on with --resume, and ends with the same result.
 
   python python/train.py                                seven methods on airport names, two seeds
   python python/train.py --method ce la --seeds 1       two methods, once
+  python python/train.py --method ride sade ace         several experts, and what each is good at
   python python/train.py --data tokens                  needs no package with data
   python python/train.py --resume                       the first call again, from its checkpoints
   python python/train.py --sampler square_root          samples drawn by the square root of their class's size
@@ -148,7 +149,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="STRATEGY",
         help=f"the samples of an epoch: one of {', '.join(SAMPLERS)} (default: %(default)s, every sample once)",
     )
-    parser.add_argument("--epochs", type=_at_least_one, help="epochs a run (default: the data set's recipe)")
+    parser.add_argument(
+        "--epochs", type=_at_least_one, help="epochs a run, LFME a stage (default: the data set's recipe)"
+    )
     parser.add_argument("--seeds", type=_at_least_one, default=2, help="runs of each method (default: %(default)s)")
     parser.add_argument(
         "--vs-gamma",

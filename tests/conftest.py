@@ -21,6 +21,7 @@ except ImportError:  # a machine with a GPU that nothing can be installed on
         "test_class_draws.py",
         "test_class_index.py",
         "test_cross_entropy_properties.py",
+        "test_expert_properties.py",
         "test_rebalance.py",
         "test_samplers_distributed.py",
         "test_sampling.py",

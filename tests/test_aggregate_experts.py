@@ -1,4 +1,4 @@
-"""aggregate_experts: every backend against float64, derivatives, best classes, ways in, wrong calls.
+"""aggregate_experts: every backend against float64, best classes, wrong calls.
 
 Sizes: 1 and 2 classes, an odd number (every instruction set runs its tail), over 1024 (a second block of a sum).
 """
@@ -11,35 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
-from cross_entropy_cases import Form, each_checking_form, each_form
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from cross_entropy_cases import FLOATS, GPU_BACKENDS, UPSTREAMS, Form, each_checking_form, each_form, each_gpu_form
+from expert_cases import LAYOUTS, MODES, aggregate_experts, logits, weights_of
 from torch import Tensor
 
 import ltkernels as ltk
 from ltkernels.ops import aggregate_experts as op
-from ltkernels.ops.options import AggregateExpertsOptions
-
-aggregate_experts = ltk.functional.aggregate_experts
-MODES = ("logits", "probs", "log_probs")
-
-
-def logits(*shape: int, dtype: torch.dtype = torch.float64, spread: float = 3.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) * spread).to(dtype)
-
-
-def weights_of(experts: int, rows: int, classes: int) -> dict[str, Tensor | None]:
-    """By what they depend on; one of the experts has none in places."""
-
-    def table(*shape: int) -> Tensor:
-        return torch.rand(shape, dtype=torch.float64) + 0.1
-
-    by_class = table(experts, classes)
-    by_class[0, ::2] = 0.0 if experts > 1 else 1.0
-    by_sample = table(rows, experts)
-    by_sample[::2, -1] = 0.0 if experts > 1 else 1.0
-    return {"equal": None, "expert": table(experts), "sample": by_sample, "class": by_class}
+from ltkernels.ops import gpu
+from ltkernels.ops.options import AggregateExpertsOptions, AggregateMode, ExpertWeights
 
 
 def evaluate(form: Form | None, z: Tensor, weight: Tensor | None, mode: str) -> tuple[Tensor, ...]:
@@ -74,21 +53,13 @@ def assert_near(actual: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: to
 
 
 @each_form
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("experts", "classes"), [(1, 2), (2, 1), (3, 5), (3, 100), (2, 1029), (17, 6)])
 def test_values(form: Form, dtype: torch.dtype, experts: int, classes: int) -> None:
     z = logits(experts, 7, classes, dtype=dtype)
     for mode in MODES:
         for weight in weights_of(experts, 7, classes).values():
             assert_near(evaluate(form, z, weight, mode), evaluate(None, z, weight, mode), dtype)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "samples first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "classes first": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-    "padded": lambda x: F.pad(x, (0, 3), value=math.nan)[..., :-3],
-    "every second": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
-}
 
 
 @each_form
@@ -102,12 +73,56 @@ def test_layouts(form: Form, layout: str, classes: int) -> None:
 
 
 def test_the_formulas() -> None:
-    z, w = logits(3, 6, 5), torch.rand(3, dtype=torch.float64)
-    share = (w / w.sum())[:, None, None]
+    z = logits(3, 6, 5)
+    w_e, w_i, w_c = (torch.rand(shape, dtype=torch.float64) for shape in ((3,), (6, 3), (3, 5)))
+    shares = ((w_e, w_e[:, None, None]), (w_i, w_i.t()[:, :, None]), (w_c, w_c[:, None, :]))
+    values = {"logits": z, "probs": z.softmax(2), "log_probs": z.log_softmax(2)}
     with ltk.use_backend("reference"):
-        torch.testing.assert_close(aggregate_experts(z, w), (share * z).sum(0))
-        torch.testing.assert_close(aggregate_experts(z, w, "probs"), (share * z.softmax(2)).sum(0))
-        torch.testing.assert_close(aggregate_experts(z, w, "log_probs"), (share * z.log_softmax(2)).sum(0))
+        for mode, f in values.items():
+            torch.testing.assert_close(aggregate_experts(z, mode=mode), f.mean(0))
+            for weight, w in shares:
+                torch.testing.assert_close(aggregate_experts(z, weight, mode), (w * f).sum(0) / w.sum(0))
+
+
+@each_form
+def test_where_sizes_do_not_tell_weights_are_by_sample(form: Form) -> None:
+    z, weight = logits(3, 3, 3).to(form.device), torch.rand(3, 3, dtype=torch.float64, device=form.device)
+    with form.use():
+        mean = aggregate_experts(z, weight)
+    torch.testing.assert_close(mean, torch.einsum("ie,eic->ic", weight / weight.sum(1, keepdim=True), z))
+
+
+@each_form
+def test_one_expert_is_its_softmax(form: Form) -> None:
+    z = logits(1, 6, 37, dtype=torch.float32).to(form.device)
+    with form.use():
+        for weight in (None, torch.tensor([0.3], device=form.device)):
+            assert torch.equal(aggregate_experts(z), z[0])
+            torch.testing.assert_close(aggregate_experts(z, weight, "probs"), z[0].softmax(1))
+            torch.testing.assert_close(aggregate_experts(z, weight, "log_probs"), z[0].log_softmax(1))
+
+
+@each_form
+@pytest.mark.parametrize("mode", MODES)
+def test_permuting_experts_permutes_gradients(form: Form, mode: str) -> None:
+    z, order = logits(4, 6, 37, dtype=torch.float32), torch.tensor([2, 0, 3, 1])
+    for kind, weight in weights_of(4, 6, 37).items():
+        axis = 1 if kind == "sample" else 0
+        moved = None if weight is None else weight.index_select(axis, order)
+        first, second = evaluate(form, z, weight, mode), evaluate(form, z[order], moved, mode)
+        expected = (first[0], first[1][order], *(g.index_select(axis, order) for g in first[2:]))
+        assert_near(second, tuple(value.double() for value in expected), z.dtype)
+
+
+@each_form
+def test_large_logits(form: Form) -> None:
+    """e^1e4 is infinite."""
+    for size in (1e4, -1e4):
+        z = torch.linspace(-1, 1, 2 * 3 * 37).view(2, 3, 37) * size
+        for mode in MODES:
+            weight = torch.rand(2, dtype=torch.float64)
+            # Of the weights, a gradient is a difference of sums as large as the logits.
+            assert_near(evaluate(form, z, weight, mode)[:2], evaluate(None, z, weight, mode)[:2], z.dtype)
 
 
 @each_form
@@ -120,9 +135,11 @@ def test_an_expert_without_weight_counts_for_nothing(form: Form) -> None:
             for shape in ((2,), (4, 2), (2, 5)):
                 weight = torch.ones(shape, device=form.device)
                 weight[(slice(None), 0) if shape == (4, 2) else 0] = 0.0
-                with form.use():
-                    mean = aggregate_experts(z.to(form.device), weight, mode)
-                torch.testing.assert_close(mean.cpu(), plain)
+                mean, d_z, d_weight = evaluate(form, z, weight, mode)
+                torch.testing.assert_close(mean, plain)
+                assert bool(d_weight.isfinite().all())
+                if shape != (2, 5):  # there the softmax of classes with and without weight is one
+                    assert float(d_z[0].abs().sum()) == 0.0
 
 
 @each_form
@@ -150,8 +167,109 @@ def test_no_samples(form: Form) -> None:
 @each_form
 def test_a_list_of_experts(form: Form) -> None:
     z = logits(3, 4, 5).to(form.device)
+    variables = [one.clone().requires_grad_() for one in z]
+    whole = z.clone().requires_grad_()
     with form.use():
-        torch.testing.assert_close(aggregate_experts(list(z), mode="probs"), z.softmax(2).mean(0))
+        mean = aggregate_experts(variables, mode="probs")
+        mean.square().sum().backward()
+        aggregate_experts(whole, mode="probs").square().sum().backward()
+    torch.testing.assert_close(mean, z.softmax(2).mean(0))
+    torch.testing.assert_close(torch.stack([one.grad for one in variables]), whole.grad)
+
+
+@each_form
+def test_experts_and_samples_at_stride_0(form: Form) -> None:
+    z = logits(3, 4, 21, dtype=torch.float32)
+    for view in (z[:1].expand(3, 4, 21), z[:, :1].expand(3, 4, 21)):
+        for weight in weights_of(3, 4, 21).values():
+            assert_near(evaluate(form, view, weight, "probs"), evaluate(None, view, weight, "probs"), z.dtype)
+
+
+@each_form
+def test_weights_of_any_type_and_strides(form: Form) -> None:
+    z = logits(3, 4, 21, dtype=torch.float32).to(form.device)
+    for weight in list(weights_of(3, 4, 21).values())[1:]:
+        weight = weight.half().double()
+        truth = evaluate(None, z, weight, "probs")
+        for given in (
+            weight.half(),
+            weight,
+            weight.float().t().contiguous().t(),
+            torch.stack([weight] * 2, -1)[..., 1],
+        ):
+            w = given.to(form.device).requires_grad_()
+            with form.use():
+                mean = aggregate_experts(z, w, "probs")
+                upstream = torch.linspace(-1.0, 2.0, mean.numel(), device=form.device).view(mean.shape)
+                (gradient,) = torch.autograd.grad(mean, w, upstream)
+            assert gradient.dtype == given.dtype
+            torch.testing.assert_close(mean.cpu().double(), truth[0], rtol=1e-5, atol=1e-6)
+            slack = 1e-3 if given.dtype == torch.half else 1e-5
+            torch.testing.assert_close(gradient.cpu().double(), truth[2], rtol=slack, atol=slack)
+
+
+@each_form
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_may_replace_the_logits(form: Form, layout: str) -> None:
+    implementation = next(row for row in op.OP.table.rows if row.backend == form.backend)
+    for classes in (5, 300):
+        for mode in range(3):
+            z = LAYOUTS[layout](logits(2, 4, classes, dtype=torch.float32).to(form.device))
+            weight, grad = torch.rand(2, device=form.device), torch.randn(4, classes, device=form.device)
+            call = (z, weight, *AggregateExpertsOptions(mode, ExpertWeights.EXPERT))
+            with form.use():
+                _, state, _ = implementation.forward(*call, False)
+                beside = implementation.backward(grad, state, *call, True, True, False)
+                over = implementation.backward(grad, state, *call, True, True, True)
+            assert all(torch.equal(x, y) for x, y in zip(over, beside, strict=True))
+            assert (over[0].data_ptr() == z.data_ptr()) == (form.backend != "reference")
+
+
+@each_form
+def test_only_the_gradients_that_are_needed(form: Form) -> None:
+    z = logits(3, 4, 21, dtype=torch.float32).to(form.device)
+    for weight in list(weights_of(3, 4, 21).values())[1:]:
+        weight = weight.float().to(form.device)
+        for mode in MODES:
+            with form.use():
+                x, w = z.clone().requires_grad_(), weight.clone().requires_grad_()
+                expected = torch.autograd.grad(aggregate_experts(x, w, mode).square().sum(), (x, w))
+                of_logits = torch.autograd.grad(aggregate_experts(x, weight, mode).square().sum(), x)[0]
+                of_weights = torch.autograd.grad(aggregate_experts(z, w, mode).square().sum(), w)[0]
+            assert torch.equal(of_logits, expected[0])
+            assert torch.equal(of_weights, expected[1])
+
+
+@each_form
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+def test_upstream_gradients(form: Form, upstream: str) -> None:
+    z = logits(3, 8, 37).to(form.device)
+    g = UPSTREAMS[upstream](torch.empty(8, 37, dtype=torch.float64)).to(form.device)
+    for weight in list(weights_of(3, 8, 37).values())[1:]:
+        for mode in MODES:
+            results = []
+            for strided in (g, g.t().contiguous().t(), g.clone().contiguous()):
+                x, w = z.clone().requires_grad_(), weight.to(form.device).requires_grad_()
+                with form.use():
+                    results.append(torch.autograd.grad(aggregate_experts(x, w, mode), (x, w), strided))
+            with ltk.use_backend("reference"):
+                x, w = z.clone().requires_grad_(), weight.to(form.device).requires_grad_()
+                truth = torch.autograd.grad(aggregate_experts(x, w, mode), (x, w), g)
+            for result in results:
+                torch.testing.assert_close(result, truth, rtol=1e-10, atol=1e-12)
+
+
+@each_form
+def test_number_of_threads_changes_no_bit(form: Form, threads: Callable[[int], Any]) -> None:
+    z = logits(3, 64, 1029, dtype=torch.float32)
+    for weight in weights_of(3, 64, 1029).values():
+        alone = evaluate(form, z, weight, "probs")
+        with threads(2):
+            together = evaluate(form, z, weight, "probs")
+        if form.backend != "reference":
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    if form.backend in GPU_BACKENDS:
+        assert not gpu.tickets(torch.device(form.device), 1).any(), "tickets were not put back"
 
 
 # --- The best classes ---
@@ -183,97 +301,45 @@ def test_of_equal_classes_the_first_is_better(form: Form) -> None:
         assert aggregate_experts(z, topk=5).classes.tolist() == [[1, 2, 4, 0, 3], [0, 1, 2, 3, 4]]
 
 
-# --- Derivatives and ways in ---
-
-
+@each_form
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["equal", "expert", "sample", "class"])
-def test_gradcheck_twice(mode: str, kind: str) -> None:
-    z, weight = logits(2, 3, 4, spread=1.0).requires_grad_(), weights_of(2, 3, 4)[kind]
-    variables = (z,) if weight is None else (z, (weight + 0.1).requires_grad_())
-    assert torch.autograd.gradcheck(lambda *v: aggregate_experts(*v, mode=mode), variables)
-    assert torch.autograd.gradgradcheck(lambda *v: aggregate_experts(*v, mode=mode), variables)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_torch_func_and_second_backward(mode: str) -> None:
-    z, weight = logits(3, 4, 5), torch.rand(3, dtype=torch.float64)
-    variable = z.clone().requires_grad_()
-    total = aggregate_experts(variable, weight, mode).square().sum()
-    first, second = (torch.autograd.grad(total, variable, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-    of = torch.func.grad(lambda x, w: aggregate_experts(x, w, mode).square().sum(), argnums=(0, 1))(z, weight)
-    torch.testing.assert_close(of[0], first)
-    weight.requires_grad_()
-    aggregate_experts(z, weight, mode).square().sum().backward()
-    torch.testing.assert_close(of[1], weight.grad)
+def test_best_classes_of_a_weighted_mean(form: Form, mode: str) -> None:
+    z = logits(3, 6, 37, dtype=torch.float32)
+    for weight in list(weights_of(3, 6, 37).values())[1:]:
+        with form.use():
+            best = aggregate_experts(z.to(form.device), weight.float().to(form.device), mode, topk=4)
+        with ltk.use_backend("reference"):
+            truth = aggregate_experts(z.double(), weight, mode)
+        value, place = truth.topk(4)
+        assert torch.equal(best.classes.cpu(), place)
+        expected = value if mode == "probs" else truth.softmax(1).gather(1, place)
+        torch.testing.assert_close(best.confidence.cpu().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @each_form
-def test_any_upstream_gradient(form: Form) -> None:
-    z, weight = logits(3, 8, 37, dtype=torch.float32).to(form.device), torch.rand(3, device=form.device)
-    upstream = torch.randn(37, 8, device=form.device).t()
+def test_nan_is_best(form: Form) -> None:
+    """As torch sorts it: a sample that went wrong shows."""
+    z = torch.tensor([[[1.0, math.nan, 3.0, math.nan, math.inf]]], device=form.device)
     with form.use():
-        for mode in MODES:
-            for g in (upstream, upstream[:1].expand(8, 37), torch.zeros(8, 37, device=form.device)):
-                results = []
-                for contiguous in (False, True):
-                    x, w = z.clone().requires_grad_(), weight.clone().requires_grad_()
-                    out = aggregate_experts(x, w, mode)
-                    results.append(torch.autograd.grad(out, (x, w), g.contiguous() if contiguous else g))
-                torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+        assert aggregate_experts(z, topk=4).classes.tolist() == [[1, 3, 4, 2]]
 
 
 @each_form
-def test_number_of_threads_changes_no_bit(form: Form, threads: Callable[[int], Any]) -> None:
-    z = logits(3, 64, 1029, dtype=torch.float32)
-    for weight in weights_of(3, 64, 1029).values():
-        alone = evaluate(form, z, weight, "probs")
-        with threads(2):
-            together = evaluate(form, z, weight, "probs")
-        if form.backend == "cpu":
-            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_opcheck(backend: str) -> None:
-    z = logits(2, 4, 5, dtype=torch.float32).requires_grad_()
-    with ltk.use_backend(backend):
-        for kind, weight in enumerate(weights_of(2, 4, 5).values()):
-            weight = None if weight is None else weight.float().requires_grad_()
-            for mode in range(3):
-                options = AggregateExpertsOptions(mode, kind, 2 if mode == 1 else 0)
-                torch.library.opcheck(op.OP.forward, (z, weight, *options))
-
-
-def test_compiles_to_one_graph() -> None:
-    def step(z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        best = aggregate_experts(z, w, "probs", topk=2)
-        return best.output.square().sum(), best.classes
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    z, w = logits(3, 4, 5, dtype=torch.float32), torch.rand(3)
-    pairs = [(z.clone().requires_grad_(), w.clone().requires_grad_()) for _ in range(2)]
-    results = step(*pairs[0]), compiled(*pairs[1])
-    for total, _ in results:
-        total.backward()
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-    for one, other in zip(*pairs, strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=1e-8)
-    torch._dynamo.reset()
-
-
-@settings(max_examples=25, deadline=None)
-@given(experts=st.integers(1, 5), rows=st.integers(1, 6), classes=st.integers(1, 40), seed=st.integers(0, 2**31 - 1))
-def test_a_mean_lies_between_the_experts(experts: int, rows: int, classes: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    z = logits(experts, rows, classes, dtype=torch.float32)
-    for mode, value in (("logits", z), ("probs", z.softmax(2)), ("log_probs", z.log_softmax(2))):
-        for weight in weights_of(experts, rows, classes).values():
-            mean = aggregate_experts(z, None if weight is None else weight.float(), mode)
-            slack = 1e-5 * (1 + float(value.abs().max()))
-            assert bool((mean >= value.amin(0) - slack).all() and (mean <= value.amax(0) + slack).all())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_is_returned_is_the_callers(form: Form, dtype: torch.dtype) -> None:
+    """Writing to it changes no gradient; confidences have none."""
+    z = logits(2, 3, 5, dtype=dtype).to(form.device).requires_grad_()
+    with form.use():
+        gradients = []
+        for write in (False, True):
+            best = aggregate_experts(z, mode="probs", topk=2)
+            assert best.output.requires_grad and not best.confidence.requires_grad
+            loss = (best.output * torch.arange(5, device=form.device)).sum()
+            if write:
+                for part in best:
+                    part.add_(1)
+            gradients.append(torch.autograd.grad(loss, z)[0])
+    assert torch.equal(*gradients)
 
 
 # --- Wrong calls ---
@@ -286,7 +352,10 @@ ERRORS: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
     (ValueError, "input: expected experts of one shape", [torch.zeros(3, 4), torch.zeros(2, 4)], {}),
     (TypeError, "input: expected float64, .* found torch.int64", Z.long(), {}),
     (ValueError, "mode: expected 'logits' or 'probs' or 'log_probs', found 'mean'", Z, {"mode": "mean"}),
+    (TypeError, r"input\[0\]: expected a torch.Tensor, found list", [[0.0]], {}),
+    (ValueError, r"input: expected shape \(E, N, C\)", [torch.zeros(4)], {}),
     (ValueError, r"topk: expected a number of classes in \[0, 4\], found 5", Z, {"topk": 5}),
+    (ValueError, r"topk: expected a number of classes in \[0, 4\], found -1", Z, {"topk": -1}),
     (TypeError, "topk: expected an integer, found 1.0", Z, {"topk": 1.0}),
     (
         ValueError,
@@ -294,6 +363,9 @@ ERRORS: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
         Z,
         {"expert_weight": torch.ones(3)},
     ),
+    (ValueError, "expert_weight: expected device cpu", Z, {"expert_weight": torch.ones(2, device="meta")}),
+    (TypeError, "expert_weight: expected a torch.Tensor, found list", Z, {"expert_weight": [1.0, 1.0]}),
+    (ValueError, "expert_weight: expected finite values >= 0", Z, {"expert_weight": torch.tensor([1.0, math.inf])}),
     (TypeError, "expert_weight: expected a floating type", Z, {"expert_weight": torch.ones(2).long()}),
     (ValueError, "expert_weight: expected finite values >= 0", Z, {"expert_weight": torch.tensor([1.0, -1.0])}),
     (ValueError, "expert_weight: expected an expert with weight > 0, found none", Z, {"expert_weight": torch.zeros(2)}),
@@ -319,3 +391,18 @@ ERRORS: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
 def test_wrong_calls(form: Form, error: type[Exception], message: str, z: Any, options: dict[str, Any]) -> None:
     with form.use(), pytest.raises(error, match=message):
         aggregate_experts(z, **options)
+
+
+@each_gpu_form
+@pytest.mark.parametrize("mode", [AggregateMode.PROBS, AggregateMode.LOG_PROBS])
+def test_the_state_of_another_backend_is_refused(form: Form, mode: AggregateMode) -> None:
+    z, options = logits(2, 4, 5, dtype=torch.float32).to(form.device), AggregateExpertsOptions(int(mode))
+    state = op.new_state((z, None), options).fill_(-1.0)
+    implementation = next(row for row in op.OP.table.rows if row.backend == form.backend)
+    grad = torch.ones(4, 5, device=form.device)
+    gradient = implementation.backward(grad, state, z, None, *options, True, False, False)[0]
+    assert gradient.isnan().all()
+    if form.device != "cpu":
+        torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="expected the state of a forward on the same backend"):
+        ltk.check()

@@ -26,6 +26,11 @@ LADE = ("tests/test_lade.py",)
 ROWS = ("tests/test_row_cross_entropy.py", "tests/test_row_cross_entropy_autograd.py")
 BINARY = ("tests/test_binary_cross_entropy.py",)
 DISTILLATION = ("tests/test_distillation.py",)
+EXPERTS = tuple(
+    f"tests/test_{name}.py"
+    for op in ("expert_cross_entropy", "aggregate_experts")
+    for name in (op, f"{op}_autograd", f"{op}_errors")
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,7 @@ def library() -> Path:
         (9, LADE, 90),
         (9, BINARY, 60),
         (9, DISTILLATION, 55),
+        (9, EXPERTS, 130),
         (9, ROWS, 400),
     ],
 )

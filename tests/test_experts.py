@@ -386,6 +386,23 @@ def test_a_trained_router_sends_on_what_the_first_expert_gets_wrong() -> None:
     assert (routed.logits.argmax(1) == y).float().mean() > 0.95 > (first.argmax(1) == y).float().mean()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_experts_of_another_type_than_the_gates(dtype: torch.dtype) -> None:
+    """Sums are float32: the result differs from that of all float32 by the rounding of the experts' logits alone."""
+    router = experts.ExpertRouter(3, D, topk=K)
+    nn.init.constant_(router.help.bias, 5.0)
+    x = torch.randn(50, D)
+    logits = 10 * torch.randn(3, 50, C)
+    typed = logits.to(dtype)
+    index = torch.arange(50)
+    routed = router(index, [lambda rows, e=e: (typed[e, rows], x[rows].to(dtype)) for e in range(3)])
+    expected = (typed.double().cumsum(0)[routed.num_experts - 1, index] / routed.num_experts[:, None]).to(dtype)
+    assert routed.logits.dtype == dtype
+    torch.testing.assert_close(routed.logits, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    same = router.loss(typed.float(), x.to(dtype).float().expand(3, -1, -1), index % C)
+    torch.testing.assert_close(router.loss(typed, x.to(dtype).expand(3, -1, -1), index % C), same)
+
+
 def test_nothing_to_route() -> None:
     heads, router = Heads(), experts.ExpertRouter(3, D, topk=K)
     logits, num_experts = router(torch.empty(0, D), heads.callables())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from sklearn import metrics as sklearn_metrics
 
 import ltkernels as ltk
@@ -29,6 +31,7 @@ import longtail_data  # noqa: E402
 import longtail_methods  # noqa: E402
 import longtail_metrics  # noqa: E402
 import longtail_plan  # noqa: E402
+import longtail_report  # noqa: E402
 import longtail_run  # noqa: E402
 import train  # noqa: E402
 import train_worker_tasks  # noqa: E402
@@ -224,9 +227,11 @@ def test_losses_are_the_plain_ones(name: str, epoch: int) -> None:
     loss = method.build(counts, settings(name, epochs=10))
     loss.set_epoch(epoch)
     loss = method.exact(loss)
-    logits = torch.randn(64, 6)
+    experts = method.num_experts(loss)
+    logits = torch.randn(experts, 64, 6) if experts else torch.randn(64, 6)
     logits = torch.tanh(logits) if method.cosine else 5 * logits
-    longtail_methods.check_agreement(logits, torch.arange(64) % 6, loss, method.plain(counts, loss))
+    labels = torch.randint(6, (128 if method.paired else 64,))
+    longtail_methods.check_agreement(logits, labels, loss, method.plain(counts, loss))
 
 
 def test_agreement_is_really_checked() -> None:
@@ -283,6 +288,108 @@ def test_sigmoids_start_at_one_of_all_classes(load: Callable[[str], longtail_dat
         assert torch.allclose(bias.sigmoid(), torch.tensor(0.1)) == (name in of_sigmoids)
 
 
+# ------------------------------------------------------------------------------------------------------------- experts
+
+
+def started(method: str, load: Callable[[str], longtail_data.LongTailData], steps: int, **changes: Any) -> Any:
+    data = load("digits")
+    run = longtail_run.Run(settings(method, **changes), data, Batches(data))
+    for _ in range(steps):
+        run.train_step()
+    return run
+
+
+@pytest.mark.parametrize("method", ["ride", "sade", "ace", "lfme"])
+def test_experts_are_evaluated_together_and_alone(
+    method: str, load: Callable[[str], longtail_data.LongTailData]
+) -> None:
+    run = started(method, load, 20)
+    figures = run.result()["outcomes"][method]
+    logits, labels = run.logits(run.test), run.labels[run.test]
+    cover = ltk.experts.shot_groups(run.class_counts, nested=method == "ace")
+    if method == "lfme":
+        together, alone = logits[0], logits[1:].masked_fill(~cover[:, None], -torch.inf)
+    elif method == "ace":
+        together, alone = (logits * cover[:, None]).sum(0) / cover.sum(0), logits
+    else:
+        together, alone = logits.mean(0), logits
+    assert len(figures["experts"]) == len(alone) == (3 if method in ("ride", "sade") else len(cover))
+    for found, expected in zip([figures, *figures["experts"]], [together, *alone], strict=True):
+        right = expected.argmax(1) == labels
+        recall = [float(right[labels == c].double().mean()) for c in range(10)]
+        np.testing.assert_allclose(found["recall"], recall)
+        assert found["balanced"] == pytest.approx(np.mean(recall))
+
+
+def test_experts_have_a_table(load: Callable[[str], longtail_data.LongTailData]) -> None:
+    results = [started(method, load, 14, seed=seed).result() for method in ("ce", "sade") for seed in (0, 1)]
+    summary = longtail_report.collect(load("digits"), results, ["ce", "sade"])
+    assert summary["methods"]["ce"]["experts"] == [] and len(summary["methods"]["sade"]["experts"]) == 3
+    few = [run["outcomes"]["sade"]["experts"][2]["few"] for run in results[2:]]
+    found = summary["methods"]["sade"]["experts"][2]["few"]
+    assert found == {"mean": pytest.approx(np.mean(few)), "sd": pytest.approx(np.std(few, ddof=1))}
+    console = Console(file=io.StringIO(), width=120)
+    longtail_report.print_tables(console, summary)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    [line] = [line for line in text.splitlines() if line.strip().startswith("SADE, expert 3")]
+    assert "Each expert alone" in text and f"{100 * found['mean']:.1f}±{100 * found['sd']:.1f}" in line
+
+
+def test_the_second_draw_of_bbn_is_reversed(load: Callable[[str], longtail_data.LongTailData]) -> None:
+    run = started("bbn", load, 15)
+    counts, size = run.class_counts.double(), len(run.train)
+    shares = [run.labels[sampler.indices(0, size)].bincount(minlength=10) / size for sampler in run.samplers]
+    torch.testing.assert_close(shares[0].double(), counts / size)
+    reversed_share = counts.reciprocal() / counts.reciprocal().sum()
+    assert (shares[1] - reversed_share).abs().max() < 4 * 0.5 / size**0.5
+    assert run.loss.mixing.lam == 0.75  # the second of two epochs
+
+    one, other = (run.batches.batch(run.train[rows])[0] for rows in (slice(8), slice(8, 16)))
+    model = run.model
+    features = [branch(model.features(half)) for branch, half in zip(model.branches, (one, other), strict=True)]
+    mixed = torch.cat([1.5 * features[0], 0.5 * features[1]], 1)
+    torch.testing.assert_close(model(torch.cat([one, other])), model.head(mixed))
+    assert run.logits(run.test).shape == (len(run.test), 10)
+
+
+def test_the_first_expert_of_ace_alone_moves_the_features(load: Callable[[str], longtail_data.LongTailData]) -> None:
+    run = started("ace", load, 0)
+    [weight, _] = run.model.features.parameters()
+    logits = run.model(*run.batches.batch(run.train[:8]))
+    for expert, moves in zip(logits, (True, False, False), strict=False):
+        (gradient,) = torch.autograd.grad(expert.sum(), weight, retain_graph=True, allow_unused=True)
+        assert (gradient is not None and bool(gradient.any())) == moves
+
+
+def test_lfme_trains_the_experts_then_the_student(load: Callable[[str], longtail_data.LongTailData]) -> None:
+    def parameters(part: torch.nn.Module) -> torch.Tensor:
+        return torch.nn.utils.parameters_to_vector(part.parameters()).detach().clone()
+
+    run = started("lfme", load, 0)
+    before = parameters(run.model.student), parameters(run.model.experts)
+    for _ in range(28):
+        run.train_step()
+    between = parameters(run.model.student), parameters(run.model.experts)
+    assert torch.equal(between[0], before[0]) and not torch.equal(between[1], before[1])
+    assert run.schedule.get_last_lr() == [0.0]
+
+    logits, labels, cover = run.logits(run.train), run.labels[run.train], ltk.experts.shot_groups(run.class_counts)
+    expected = []
+    for group, expert in zip(cover, logits[1:], strict=True):
+        rows = group[labels]
+        student = (logits[0, rows].argmax(1) == labels[rows]).double().mean()
+        known = (expert[rows].masked_fill(~group, -torch.inf).argmax(1) == labels[rows]).double().mean()
+        expected.append(float(((known - student) / known / 0.7).clamp(0, 1)))
+    run.train_step()
+    assert run.loss.student.weight.tolist() == pytest.approx(expected, abs=1e-6) and max(expected) > min(expected)
+    assert run.schedule.get_last_lr()[0] == pytest.approx(0.003 * 27 / 28)
+    for _ in range(14):
+        run.train_step()
+    after = parameters(run.model.student), parameters(run.model.experts)
+    assert not torch.equal(after[0], between[0]) and torch.equal(after[1], between[1])
+    assert run.loss.student.weight.tolist() != pytest.approx(expected, abs=1e-6)  # seen again before each epoch
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -303,23 +410,25 @@ def assert_same_state(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-@pytest.mark.parametrize("method", longtail_methods.METHODS)
-@pytest.mark.parametrize("stop", [0, 9, 14])
+@pytest.mark.parametrize(
+    ("method", "stop"),
+    [*((method, stop) for method in longtail_methods.METHODS for stop in (0, 9, 14)), ("lfme", 28), ("lfme", 37)],
+)
 def test_a_resumed_run_is_the_same_run(
     method: str, stop: int, tmp_path: Path, load: Callable[[str], longtail_data.LongTailData]
 ) -> None:
-    """Stopped before the first step, within an epoch, and between two (of 14 steps each)."""
+    """Stopped before the first step, within an epoch, and between two (of 14 steps each) or two stages."""
     data = load("digits")
     whole, first, second = (longtail_run.Run(settings(method), data, Batches(data)) for _ in range(3))
-    assert whole.total_steps == 28
-    for _ in range(28):
+    assert whole.total_steps == (56 if method == "lfme" else 28)
+    for _ in range(whole.total_steps):
         whole.train_step()
     for _ in range(stop):
         first.train_step()
     checkpoint.save(tmp_path / "run.pt", first.config, first.state_dict())
     torch.rand(100)  # the random state is the run's, not the process's
     second.load_state_dict(checkpoint.load(tmp_path / "run.pt", second.config))
-    while second.step < 28:
+    while second.step < second.total_steps:
         second.train_step()
     assert_same_state(second.state_dict(), whole.state_dict())
     assert second.result()["outcomes"] == whole.result()["outcomes"]
@@ -344,7 +453,7 @@ def test_with_every_sampler(sampler: str, load: Callable[[str], longtail_data.Lo
         data.labels, sampler, indices=part.train, num_samples=len(part.train), **epochs
     )
     drawn.set_epoch(1)
-    assert torch.equal(second.sampler.indices(0, len(drawn)), torch.tensor(list(drawn)))
+    assert torch.equal(second.samplers[0].indices(0, len(drawn)), torch.tensor(list(drawn)))
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(

@@ -12,7 +12,7 @@ import ltkernels as ltk
 from benchmarks.gpu.table import CALL, COPY, FORWARD, OURS, SCALED, STEP, Case, Form, Step, Work
 from ltkernels.bench import gpu_peers, peers, runner
 from ltkernels.bench.peers import LossFn
-from ltkernels.bench.scenarios import SCENARIOS, Scenario, make_problem
+from ltkernels.bench.scenarios import SCENARIOS, Problem, Scenario, make_problem
 
 UPSTREAM = 1 / 1024  # as a loss scaler or gradient accumulation sets it; a power of two rounds nothing
 
@@ -78,9 +78,9 @@ class CrossEntropy:
 
     def prepare(self, case: Case, device: str) -> Work:
         variant, dtype, shape = self.variants[case.variant], runner.DTYPES[case.dtype], case.shape
-        problem = make_problem(shape, dtype, cosine=variant.cosine, device=device)
-        one, upstream = (torch.tensor(value, dtype=torch.float32, device=device) for value in (1.0, UPSTREAM))
-        inputs = Inputs(problem.logits.detach().requires_grad_(), problem.target, one, upstream)
+        problem = make_problem(shape, dtype, cosine=variant.cosine, experts=variant.experts, device=device)
+        one = self.upstream(problem)
+        inputs = Inputs(problem.logits.detach().requires_grad_(), problem.target, one, one * UPSTREAM)
         exact = inputs.logits.detach().double().requires_grad_()
         truth = runner.loss_and_grad(variant.eager(problem, torch.float64), exact, problem.target)
         del exact
@@ -105,7 +105,7 @@ class CrossEntropy:
             )
         forms.append(Form(COPY, {STEP: _copy, CALL: _copy, FORWARD: _copy}, less_work=True))
 
-        logits_bytes = shape.n * shape.c * dtype.itemsize
+        logits_bytes = problem.logits.numel() * dtype.itemsize
         beside = 8 * shape.n + 4 * shape.c  # labels and a table, at each pass
         return Work(
             case,
@@ -120,6 +120,10 @@ class CrossEntropy:
             rounding=runner.relative_l2(truth[1].to(dtype), truth[1]),
             absent=absent,
         )
+
+    def upstream(self, problem: Problem) -> Tensor:
+        """The upstream gradient of STEP."""
+        return torch.ones((), device=problem.logits.device)
 
 
 def _another(inputs: Inputs) -> Inputs:

@@ -14,6 +14,7 @@
 #include "cuda/batch.cuh"
 #include "cuda/cross_entropy_any.cuh"
 #include "cuda/lade.h"
+#include "cuda/online_sum.cuh"
 
 namespace ltk::cuda {
 
@@ -21,33 +22,6 @@ LTK_HOST_DEVICE_MEMBER constexpr int lade_vector(int width, LadeAccess access) {
   return access == LadeAccess::aligned ? width : 1;
 }
 constexpr int lade_backward_threads = 128;
-
-// Maximum and sum of e^(u - maximum), of values that come a few at a time.
-template <class T>
-struct OnlineSum {
-  T max = -T(INFINITY), sum = T(0);
-
-  template <int count>
-  LTK_DEVICE void add(const T (&u)[count]) {
-    T highest = max;
-#pragma unroll
-    for (int k = 0; k < count; ++k) highest = u[k] > highest ? u[k] : highest;
-    rise(highest);
-    const T base = reference();
-#pragma unroll
-    for (int k = 0; k < count; ++k) sum += simt::exp2(exponent(u[k], log2_e<T>, base));
-  }
-  LTK_DEVICE void join(T other_max, T other_sum) {
-    rise(other_max > max ? other_max : max);
-    sum += other_sum * simt::exp2(exponent(other_max, log2_e<T>, reference()));
-  }
-  LTK_DEVICE void rise(T highest) {
-    const T before = max;
-    max = highest;
-    sum *= simt::exp2(exponent(before, log2_e<T>, reference()));
-  }
-  LTK_DEVICE T reference() const { return max == -T(INFINITY) ? T(0) : max; }  // -inf - -inf is NaN
-};
 
 // --- Along the rows ---
 

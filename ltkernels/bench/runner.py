@@ -123,14 +123,14 @@ def _waves(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.arange(shape.numel(), dtype=torch.float64, device=device).cos().reshape(shape).to(dtype)
 
 
-def _upstream(result: Tensor) -> Tensor | None:
+def upstream_of(result: Tensor) -> Tensor | None:
     """The upstream gradient of a result that is no loss: the same numbers in every form."""
     return None if result.dim() == 0 else _waves(result.shape, result.dtype, result.device)
 
 
 def loss_and_grad(form: LossFn, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     loss = form(logits, target)
-    grads = torch.autograd.grad(loss, _variables(form, logits), _upstream(loss))
+    grads = torch.autograd.grad(loss, _variables(form, logits), upstream_of(loss))
     return loss.detach(), grads[0] if len(grads) == 1 else torch.cat([grad.flatten() for grad in grads])
 
 
@@ -190,7 +190,7 @@ def make_call(form: LossFn, problem: Problem, mode: str) -> Call:
 
     def forward_backward() -> None:
         loss = form(logits, target)
-        upstream = _upstream(loss)
+        upstream = upstream_of(loss)
         if scale is not None:
             upstream = scale.to(loss.dtype) if upstream is None else upstream * scale.to(loss.dtype)
         torch.autograd.grad(loss, variables, upstream)

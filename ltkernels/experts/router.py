@@ -98,9 +98,10 @@ class ExpertRouter(nn.Module):
         """
         if mean_logits.shape[1] < self.topk:
             raise ValueError(f"topk: expected at most the number of classes, {mean_logits.shape[1]}, found {self.topk}")
-        hidden = F.relu(self.hidden[place](F.normalize(features, dim=1)))
-        best = mean_logits.topk(self.topk, dim=1).values
-        h: Tensor = self.help(torch.cat([best, hidden.to(best.dtype)], dim=1)).squeeze(1)
+        dtype = self.help.weight.dtype  # experts may be half where the gates are not
+        hidden = F.relu(self.hidden[place](F.normalize(features.to(dtype), dim=1)))
+        best = mean_logits.topk(self.topk, dim=1).values.to(dtype)
+        h: Tensor = self.help(torch.cat([best, hidden.to(dtype)], dim=1)).squeeze(1)
         return h
 
     def loss(self, logits: Experts, features: Experts, target: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class ExpertRouter(nn.Module):
             raise ValueError(f"experts: expected {self.num_experts}, found {len(experts)}")
         rows, current = shared, torch.arange(shared.shape[0], device=shared.device)  # of the samples still under way
         output, features = experts[0](rows)
-        total = output.clone()
+        total = output.to(arg.compute_type(output), copy=True)
         num_experts = torch.ones_like(current)
         for place, expert in enumerate(experts[1:]):
             going_on = (self.gate(place, total[current] / (place + 1), features) > 0).nonzero().squeeze(1)
@@ -157,9 +158,9 @@ class ExpertRouter(nn.Module):
                 break
             rows, current = rows[going_on], current[going_on]
             output, features = expert(rows)
-            total.index_add_(0, current, output)
+            total.index_add_(0, current, output.to(total.dtype))
             num_experts[current] += 1
-        return RoutedLogits(total / num_experts[:, None], num_experts)
+        return RoutedLogits((total / num_experts[:, None]).to(output.dtype), num_experts)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, topk={self.topk}, pos_weight={self.pos_weight!r}"

@@ -10,6 +10,7 @@ from ltkernels.functional.binary_cross_entropy import binary_cross_entropy
 from ltkernels.functional.cross_entropy import cross_entropy
 from ltkernels.functional.distillation import distillation_loss
 from ltkernels.functional.expert_cross_entropy import expert_cross_entropy
+from ltkernels.functional.expert_linear import expert_linear
 from ltkernels.functional.lade import lade_cross_entropy
 from ltkernels.functional.row_cross_entropy import (
     equalization_cross_entropy,
@@ -26,6 +27,7 @@ __all__ = [
     "equalization_cross_entropy",
     "distillation_loss",
     "expert_cross_entropy",
+    "expert_linear",
     "lade_cross_entropy",
     "pairwise_cross_entropy",
     "sample_indices",

@@ -74,28 +74,32 @@ def aggregate_experts(
     topk = arg.integer("topk", topk)
     if not 0 <= topk <= z.shape[2]:
         raise ValueError(f"topk: expected a number of classes in [0, {z.shape[2]}], found {topk}")
-    weight, weights = _weights(expert_weight, z)
+    weight, weights = expert_weights(expert_weight, z.shape, z)
     mean, best = _op.aggregate_experts((z, weight), AggregateExpertsOptions(kind, weights, topk))
     return mean if best is None else TopClasses(mean, *best)
 
 
-def _weights(weight: Tensor | None, logits: Tensor) -> tuple[Tensor | None, ExpertWeights]:
+def expert_weights(
+    weight: Tensor | None, shape: tuple[int, ...], input: Tensor
+) -> tuple[Tensor | None, ExpertWeights]:
+    """Weights in the type that ``(E, N, C)`` values of ``input``'s are computed in, and what they depend on."""
     if weight is None:
         return None, ExpertWeights.EQUAL
     if not arg.tensor("expert_weight", weight).is_floating_point():
         raise TypeError(f"expert_weight: expected a floating type, found {weight.dtype}")
-    if weight.device != logits.device:
-        raise ValueError(f"expert_weight: expected device {logits.device} as input's, found {weight.device}")
-    experts, rows, classes = logits.shape
-    shapes = {
-        (experts,): ExpertWeights.EXPERT,
-        (experts, classes): ExpertWeights.CLASS,
-        (rows, experts): ExpertWeights.SAMPLE,
-    }
-    kind = shapes.get(tuple(weight.shape))
-    if kind is None:
+    if weight.device != input.device:
+        raise ValueError(f"expert_weight: expected device {input.device} as input's, found {weight.device}")
+    experts, rows, classes = shape
+    found = tuple(weight.shape)
+    if found == (experts,):
+        kind = ExpertWeights.EXPERT
+    elif found[1:] == (experts,) and found[0] == rows:  # the rows last: their number may be a symbol
+        kind = ExpertWeights.SAMPLE
+    elif found == (experts, classes):
+        kind = ExpertWeights.CLASS
+    else:
         raise ValueError(
             f"expert_weight: expected shape ({experts},), ({rows}, {experts}) by sample or ({experts}, {classes}) by"
-            f" class, found {tuple(weight.shape)}"
+            f" class, found {found}"
         )
-    return weight.to(arg.compute_type(logits)).contiguous(), kind
+    return weight.to(arg.compute_type(input)).contiguous(), kind

@@ -76,5 +76,6 @@ def aggregate_experts(
     state = kept[0].detach()
     shape = (len(mean), options.topk)
     end = len(state) - 1 - shape[0] * shape[1]
-    place = _integers(state)[end - shape[0] * shape[1] : end].reshape(shape).long()
-    return mean, (place, state[end:-1].reshape(shape).clone())  # the state itself is the backward's
+    place = _integers(state)[end - shape[0] * shape[1] : end].reshape(shape)
+    # Copies: the state itself is the backward's.
+    return mean, (place.to(torch.int64, copy=True), state[end:-1].reshape(shape).clone())

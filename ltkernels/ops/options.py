@@ -161,3 +161,15 @@ class AggregateExpertsOptions(NamedTuple):
     def reduction(self) -> int:
         """The result is not reduced."""
         return Reduction.NONE
+
+
+class ExpertLinearOptions(NamedTuple):
+    """Scalars of the op behind :func:`ltkernels.functional.expert_linear`, in the order of its schema."""
+
+    mode: int = AggregateMode.PROBS
+    weights: int = ExpertWeights.EQUAL
+
+    @property
+    def reduction(self) -> int:
+        """The result is not reduced."""
+        return Reduction.NONE

@@ -30,12 +30,8 @@ def aggregate_experts(input: Tensor, expert_weight: Tensor | None, options: Aggr
 def unrounded(input: Tensor, expert_weight: Tensor | None, options: AggregateExpertsOptions) -> Tensor:
     """The mean in the type of the computation."""
     z = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
-    if options.mode == AggregateMode.PROBS:
-        z = torch.softmax(z, dim=2)
-    elif options.mode == AggregateMode.LOG_PROBS:
-        z = torch.log_softmax(z, dim=2)
     if expert_weight is None:
-        return z.mean(dim=0)
+        return _values(z, options).mean(dim=0)
     w = expert_weight.to(z.dtype)
     if options.weights == ExpertWeights.EXPERT:
         w = w[:, None, None]
@@ -44,7 +40,16 @@ def unrounded(input: Tensor, expert_weight: Tensor | None, options: AggregateExp
     else:
         w = w[:, None, :]
     share = w / w.sum(dim=0)
-    return (share * torch.where((share == 0) & ~torch.isfinite(z), 0.0, z)).sum(dim=0)  # nothing times -inf is 0
+    if options.weights != ExpertWeights.CLASS:  # an expert that counts for nothing has no gradient, even if it is NaN
+        z = torch.where((share == 0) & ~torch.isfinite(z.amax(dim=2, keepdim=True)), z.detach(), z)
+    f = _values(z, options)
+    return (share * torch.where((share == 0) & ~torch.isfinite(f), 0.0, f)).sum(dim=0)  # nothing times -inf is 0
+
+
+def _values(z: Tensor, options: AggregateExpertsOptions) -> Tensor:
+    if options.mode == AggregateMode.PROBS:
+        return torch.softmax(z, dim=2)
+    return torch.log_softmax(z, dim=2) if options.mode == AggregateMode.LOG_PROBS else z
 
 
 def best(input: Tensor, expert_weight: Tensor | None, options: AggregateExpertsOptions) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The mean of several experts in Triton: one launch forward and one backward; weights take a sum more.
+"""The mean of several experts in Triton: one launch forward and one backward, two for weights by class.
 
 How the kernels work stands in aggregate_experts_kernels.py.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltkernels.ops import gpu
 from ltkernels.ops.aggregate_experts import new_state
 from ltkernels.ops.options import AggregateExpertsOptions, AggregateMode, ExpertWeights
 from ltkernels.triton import Variant, tiles
@@ -67,47 +68,45 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of logits and weights that are needed, the others empty."""
     device, (experts, rows, classes) = input.device, input.shape
-    need_expert_weight = need_expert_weight and expert_weight is not None
     nothing = state.new_empty(0)
-    d_input = (input if inplace else torch.empty_like(input)) if need_input else None
     by_class = weights == ExpertWeights.CLASS
-    sums = state.new_empty((rows, experts)) if need_expert_weight and not by_class else None
-    if d_input is not None or sums is not None:
+    total = shares = sums = None
+    if expert_weight is not None:
+        total = expert_weight.sum(dim=0 if by_class else -1, keepdim=True)
+        shares = expert_weight / total
+        if need_expert_weight:  # of classes before the gradient may replace the logits
+            sums = _class_sums(grad, state, input, shares, mode) if by_class else state.new_empty((rows, experts))
+    of_rows = None if by_class else sums
+    d_input = (input if inplace else torch.empty_like(input)) if need_input else None
+    if d_input is not None or of_rows is not None:
         out = input if d_input is None else d_input
         plan = plan_forward(
             (rows, classes), memory_of_experts(input), memory(grad), False, multiprocessors(device),
             _logits(input.element_size()), memory_of_experts(out),
         )  # fmt: skip
         launch(
-            backward_kernel, plan, device, grad, state, input, expert_weight, d_input, sums, experts, input.stride(0),
-            out.stride(0), *plan.numbers, mode, weights,
+            backward_kernel, plan, device, grad, state, state[-1:], input, shares, d_input, of_rows,
+            gpu.error_word(device), experts, input.stride(0), out.stride(0), *plan.numbers, mode, weights,
         )  # fmt: skip
-    if not need_expert_weight:
-        return nothing if d_input is None else d_input, nothing
-    assert expert_weight is not None
-    if by_class:
-        of_experts = _class_sums(grad, state, input, expert_weight, mode)
-        total = expert_weight.sum(dim=0)
-        d_weight = (of_experts - (of_experts * expert_weight / total).sum(dim=0)) / total
-    else:
-        assert sums is not None
-        total = expert_weight.sum(dim=-1, keepdim=True)
-        d_weight = (sums - (sums * expert_weight / total).sum(dim=1, keepdim=True)) / total
+    d_weight = nothing
+    if sums is not None and shares is not None and total is not None:
+        d_weight = (sums - (sums * shares).sum(dim=0 if by_class else 1, keepdim=True)) / total
         d_weight = d_weight.sum(dim=0) if weights == ExpertWeights.EXPERT else d_weight
     return nothing if d_input is None else d_input, d_weight
 
 
-def _class_sums(grad: Tensor, state: Tensor, input: Tensor, expert_weight: Tensor, mode: int) -> Tensor:
+def _class_sums(grad: Tensor, state: Tensor, input: Tensor, shares: Tensor, mode: int) -> Tensor:
     """G of experts and classes."""
     device, (experts, rows, classes) = input.device, input.shape
-    sums = torch.zeros_like(expert_weight)
+    sums = torch.empty_like(shares)
     plan = plan_backward(
-        (rows, classes), memory_of_experts(input), memory(grad), None, (), 1, False, multiprocessors(device),
-        _logits(input.element_size()),
+        (rows, classes), memory_of_experts(input), memory(grad), None, (), experts, False,
+        tiles.cdiv(multiprocessors(device), experts), _logits(input.element_size()),
     )  # fmt: skip
-    one_split = plan._replace(programs=plan.tickets * experts)
+    plan = plan._replace(programs=experts * plan.programs)
     launch(
-        class_kernel, one_split, device, grad, state, input, expert_weight, sums, experts, input.stride(0),
+        class_kernel, plan, device, grad, state, state[-1:], input, shares, sums, state.new_empty(plan.partials),
+        gpu.tickets(device, experts * plan.tickets), gpu.error_word(device), experts, input.stride(0),
         *plan.numbers[:9], mode,
     )  # fmt: skip
     return sums
@@ -121,7 +120,9 @@ def _variant(way: str, dtype: torch.dtype, classes: int, mode: int, weights: int
     shape = (2730, classes)
     logits = ((classes, 1), dtype.itemsize, 0)
     computed = "*fp64" if dtype == torch.float64 else "*fp32"
-    types = {"input": POINTERS[dtype], "state": computed} | ({"weights": computed} if weights else {})
+    types = {"input": POINTERS[dtype], "state": computed}
+    types |= {"weights" if way == "forward" else "shares": computed} if weights else {}
+    types |= {} if way == "forward" else {"grad": POINTERS[dtype], "end_of_state": computed, "error": "*i32"}
     size = _logits(dtype.itemsize)
     kernel: Any
     flags: tuple[Any, ...]
@@ -133,11 +134,11 @@ def _variant(way: str, dtype: torch.dtype, classes: int, mode: int, weights: int
     elif way == "backward":
         kernel, flags = backward_kernel, (mode, weights)
         plan = plan_forward(shape, logits, logits, False, 132, size, logits)
-        types |= {"grad": POINTERS[dtype], "d_input": POINTERS[dtype]} | ({"sums": computed} if weights else {})
+        types |= {"d_input": POINTERS[dtype]} | ({"sums": computed} if weights else {})
     else:
         kernel, flags = class_kernel, (mode,)
-        plan = plan_backward(shape, logits, logits, None, (), 1, False, 132, size)
-        types |= {"grad": POINTERS[dtype], "sums": computed}
+        plan = plan_backward(shape, logits, logits, None, (), 3, False, 44, size)
+        types |= {"sums": computed, "partials": computed, "tickets": "*i32"}
     name = f"{way}_{AggregateMode(mode).name.lower()}_{ExpertWeights(weights).name.lower()}{'_best' * best}"
     return variant(f"{name}<{str(dtype)[6:]}, {classes}>", kernel, plan, flags, types, dtype)
 

@@ -5,7 +5,9 @@ one is needed, then the mean of all, in sweeps that find the rows in the cache. 
 one after the other: the next one is the largest of those that come later in the order of (value, class).
 
 **Backward.** Again whole samples, since a softmax's gradient needs a sum over its row. Of weights, what is wanted is
-G_e = sum g f_e over what the weight is shared by; the gradient (G_e - sum_k share_k G_k) / sum_k w_k follows from it.
+G_e = sum g f_e over what the weight goes with; the gradient (G_e - sum_k share_k G_k) / sum_k w_k follows from it. Of
+weights by class that is a sum over the samples: a program has a chunk of the classes of one expert and walks down its
+split of the samples, and whoever is last of a chunk adds up.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -17,7 +19,7 @@ import triton.language as tl
 
 from ltkernels.triton.distillation_kernels import _finite
 from ltkernels.triton.expert_cross_entropy_kernels import _of_mean
-from ltkernels.triton.sums import LOG2_E
+from ltkernels.triton.sums import FOREIGN_STATE, LOG2_E, add_splits
 from ltkernels.triton.tiles import (
     ROW_AXIS,
     are_classes,
@@ -34,13 +36,14 @@ from ltkernels.triton.tiles import (
 LOGITS, PROBS, LOG_PROBS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 EQUAL, EXPERT, SAMPLE, CLASS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _NO_CLASS = tl.constexpr(2**31 - 1)
+_MOST, _MOST_64 = tl.constexpr(2**31 - 1), tl.constexpr(2**63 - 1)
 
 
 @triton.jit
 def _weight(weights, e, experts, row, exists, classes, columns, inside, WEIGHTS: tl.constexpr, T: tl.constexpr):
-    """Expert e's weight, so that it goes with a tile's logits."""
+    """Expert e's weight, so that it goes with a tile's logits; of equal ones the share."""
     if WEIGHTS == EQUAL:
-        return tl.full((1, 1, 1), 1.0, T)
+        return tl.full((1, 1, 1), 1.0, T) / experts.to(T)
     elif WEIGHTS == EXPERT:
         return tl.full((1, 1, 1), 0.0, T) + tl.load(weights + e)
     elif WEIGHTS == SAMPLE:
@@ -51,10 +54,13 @@ def _weight(weights, e, experts, row, exists, classes, columns, inside, WEIGHTS:
 
 @triton.jit
 def _total_weight(weights, experts, row, exists, classes, columns, inside, WEIGHTS: tl.constexpr, T: tl.constexpr):
-    total = _weight(weights, 0, experts, row, exists, classes, columns, inside, WEIGHTS, T)
-    for e in range(1, experts):
-        total += _weight(weights, e, experts, row, exists, classes, columns, inside, WEIGHTS, T)
-    return total
+    if WEIGHTS == EQUAL:
+        return tl.full((1, 1, 1), 1.0, T)
+    else:
+        total = _weight(weights, 0, experts, row, exists, classes, columns, inside, WEIGHTS, T)
+        for e in range(1, experts):
+            total += _weight(weights, e, experts, row, exists, classes, columns, inside, WEIGHTS, T)
+        return total
 
 
 @triton.jit
@@ -68,11 +74,35 @@ def _value(x, top, inverse, MODE: tl.constexpr):
 
 
 @triton.jit
-def _next_best(best, place, keys, columns, candidates):
+def _one(end, error, MODE: tl.constexpr, T: tl.constexpr):
+    """1; NaN and a report if the state is the reference's, which keeps no softmaxes."""
+    one = tl.full((), 1.0, T)
+    if MODE != LOGITS:
+        one = tl.load(end)
+        if one < 0:
+            tl.store(error, FOREIGN_STATE)
+            one = one * float("nan")
+    return one
+
+
+@triton.jit
+def _rank(v):
+    """Integers in the order of numbers; NaN is above all, as torch sorts it, and what is no class at -_MOST below."""
+    v = tl.where(v == 0.0, 0.0, v)  # -0 has other bits
+    if v.dtype == tl.float64:
+        bits = v.to(tl.int64, bitcast=True)
+        return tl.where(v != v, _MOST_64, bits ^ ((bits >> 63) & _MOST_64))
+    else:
+        bits = v.to(tl.int32, bitcast=True)
+        return tl.where(v != v, _MOST, bits ^ ((bits >> 31) & _MOST))
+
+
+@triton.jit
+def _next_best(best, place, rank, columns, candidates, NONE: tl.constexpr):
     """The best of every lane, ``[R, L]``, with what a tile has: of equal values the first class."""
-    keys = tl.where(candidates, keys, -float("inf"))
-    top = lane_max(keys)
-    at = tl.where(candidates & (keys == of_lanes(top)), columns, _NO_CLASS)
+    rank = tl.where(candidates, rank, NONE)
+    top = lane_max(rank)
+    at = tl.where(candidates & (rank == of_lanes(top)), columns, _NO_CLASS)
     at = -lane_max(-at)
     better = (top > best) | ((top == best) & (at < place))
     return tl.where(better, top, best), tl.where(better, at, place)
@@ -96,8 +126,11 @@ def forward_kernel(
     """The mean, and the state. ``mean`` is where it stands unrounded for the best classes, if they are wanted."""
     T: tl.constexpr = state.dtype.element_ty
     NOTHING: tl.constexpr = -float("inf")
+    INT: tl.constexpr = tl.int64 if T == tl.float64 else tl.int32
+    MOST: tl.constexpr = _MOST_64 if T == tl.float64 else _MOST
     all_columns = tile_columns(K, L)
     end = K * L if ONE else classes
+    group = groups - 1  # 0: samples are one group of rows, or none
     blocks = groups * tl.cdiv(inner, R)
     share = tl.cdiv(blocks, tl.num_programs(0))
     first = tl.program_id(0) * share
@@ -109,7 +142,6 @@ def forward_kernel(
     if tl.program_id(0) == 0:
         tl.store(confidences + topk * rows, 1.0)
     for tile in range(first, tl.minimum(first + share, blocks)):
-        group = tile // blocks  # 0
         row = tile * R + tl.arange(0, R)
         exists = are_rows(row, inner, UNIT, VEC)
         softmaxes = state + row.to(tl.int64) * (2 * experts)
@@ -161,28 +193,25 @@ def forward_kernel(
 
         if BEST:
             tl.debug_barrier()
-            last = tl.full((R,), float("inf"), T)
+            last = tl.full((R,), MOST, INT)
             last_class = tl.full((R,), -1, tl.int32)
             highest = tl.zeros((R,), T)
             inverse = tl.full((R,), 1.0, T)
             for k in range(topk):
-                best = tl.full((R, L), NOTHING, T)
+                best = tl.full((R, L), -MOST, INT)
                 place = tl.full((R, L), _NO_CLASS, tl.int32)
                 for start in range(0, end, K * L):
                     columns = start + all_columns
                     mask = are_classes(columns, classes, UNIT, VEC) & of_rows(exists)
-                    v = tl.load(_of_mean(mean, row, columns, classes, UNIT, VEC), mask=mask, other=NOTHING)
-                    v = tl.where(v != v, float("inf"), v)  # NaN comes first
+                    v = _rank(tl.load(_of_mean(mean, row, columns, classes, UNIT, VEC), mask=mask, other=NOTHING))
                     left = (v < of_rows(last)) | ((v == of_rows(last)) & (columns > of_rows(last_class)))
-                    best, place = _next_best(best, place, v, columns, mask & left)
-                top = tl.max(best, 1)
-                last_class = tl.min(tl.where(best == top[:, None], place, _NO_CLASS), 1)
-                last = top
-                if MODE == PROBS:
-                    confidence = last
-                else:
+                    best, place = _next_best(best, place, v, columns, mask & left, -MOST)
+                last = tl.max(best, 1)
+                last_class = tl.min(tl.where(best == last[:, None], place, _NO_CLASS), 1)
+                confidence = tl.load(mean + row.to(tl.int64) * classes + last_class, mask=exists, other=0.0)
+                if MODE != PROBS:
                     if k == 0:
-                        highest = _finite(last)
+                        highest = _finite(confidence)
                         total = tl.zeros((R, L), T)
                         for start in range(0, end, K * L):
                             columns = start + all_columns
@@ -190,8 +219,8 @@ def forward_kernel(
                             v = tl.load(_of_mean(mean, row, columns, classes, UNIT, VEC), mask=mask, other=NOTHING)
                             total += lane_sum(tl.exp2((v - of_rows(highest)) * LOG2_E))
                         inverse = 1.0 / tl.sum(total, 1)
-                    confidence = inverse * tl.exp2((last - highest) * LOG2_E)
-                number = last_class.to(tl.int64 if T == tl.float64 else tl.int32).to(T, bitcast=True)
+                    confidence = inverse * tl.exp2((confidence - highest) * LOG2_E)
+                number = last_class.to(INT).to(T, bitcast=True)
                 at = row.to(tl.int64) * topk + k
                 tl.store(best_classes + at, number, mask=exists)
                 tl.store(confidences + at, confidence, mask=exists)
@@ -202,10 +231,11 @@ def forward_kernel(
         "experts", "classes", "groups", "inner", "input_expert", "out_expert", "input_group", "input_class",
         "input_row", "grad_group", "grad_class", "grad_row", "out_group", "out_class", "out_row",
     ],
-    do_not_specialize_on_alignment=["grad", "state", "input", "weights", "d_input", "sums"],
+    do_not_specialize_on_alignment=["grad", "state", "end_of_state", "input", "shares", "d_input", "sums", "error"],
 )  # fmt: skip
 def backward_kernel(
-    grad, state, input, weights, d_input, sums, experts: tl.int32, input_expert: tl.int64, out_expert: tl.int64,
+    grad, state, end_of_state, input, shares, d_input, sums, error,
+    experts: tl.int32, input_expert: tl.int64, out_expert: tl.int64,
     classes: tl.int32, groups: tl.int32, inner: tl.int32,
     input_group: tl.int64, input_class: tl.int64, input_row: tl.int64,
     grad_group: tl.int64, grad_class: tl.int64, grad_row: tl.int64,
@@ -215,13 +245,14 @@ def backward_kernel(
 ):  # fmt: skip
     """The gradient of the logits, if there is a ``d_input``, and G of samples and experts, if there are ``sums``."""
     T: tl.constexpr = state.dtype.element_ty
+    one = _one(end_of_state, error, MODE, T)
     all_columns = tile_columns(K, L)
     end = K * L if ONE else classes
+    group = groups - 1  # 0: samples are one group of rows, or none
     blocks = groups * tl.cdiv(inner, R)
     share = tl.cdiv(blocks, tl.num_programs(0))
     first = tl.program_id(0) * share
     for tile in range(first, tl.minimum(first + share, blocks)):
-        group = tile // blocks  # 0
         row = tile * R + tl.arange(0, R)
         exists = are_rows(row, inner, UNIT, VEC)
         softmaxes = state + row.to(tl.int64) * (2 * experts)
@@ -231,7 +262,7 @@ def backward_kernel(
             inverse = tl.full((R,), 1.0, T)
             if MODE != LOGITS:
                 top = tl.load(softmaxes + 2 * e, mask=exists, other=0.0)
-                inverse = tl.load(softmaxes + 2 * e + 1, mask=exists, other=1.0)
+                inverse = one * tl.load(softmaxes + 2 * e + 1, mask=exists, other=1.0)
             of_row = tl.zeros((R, L), T)
             of_weight = tl.zeros((R, L), T)
             if MODE != LOGITS or sums is not None:
@@ -243,9 +274,8 @@ def backward_kernel(
                     f = _value(tl.load(at, mask=mask, other=0.0).to(T), top, inverse, MODE)
                     at = pointers(grad, group, row, columns, grad_group, grad_class, grad_row, UNIT, VEC)
                     g = tl.load(at, mask=mask, other=0.0).to(T)
-                    w = _weight(weights, e, experts, row, exists, classes, columns, inside, WEIGHTS, T)
-                    w = w / _total_weight(weights, experts, row, exists, classes, columns, inside, WEIGHTS, T)
-                    f = tl.where((w == 0.0) & ((f - f) != 0.0), 0.0, f)
+                    w = _weight(shares, e, experts, row, exists, classes, columns, inside, WEIGHTS, T)
+                    f = tl.where(mask & ((w != 0.0) | ((f - f) == 0.0)), f, 0.0)  # f is of what was not loaded, too
                     if sums is not None:
                         of_weight += lane_sum(g * f)
                     if MODE == PROBS:
@@ -262,8 +292,7 @@ def backward_kernel(
                     mask = inside & of_rows(exists)
                     at = pointers(grad, group, row, columns, grad_group, grad_class, grad_row, UNIT, VEC)
                     g = tl.load(at, mask=mask, other=0.0).to(T)
-                    w = _weight(weights, e, experts, row, exists, classes, columns, inside, WEIGHTS, T)
-                    w = w / _total_weight(weights, experts, row, exists, classes, columns, inside, WEIGHTS, T)
+                    w = _weight(shares, e, experts, row, exists, classes, columns, inside, WEIGHTS, T)
                     d = w * g
                     if MODE != LOGITS:
                         at = pointers(base, group, row, columns, input_group, input_class, input_row, UNIT, VEC)
@@ -283,25 +312,35 @@ def backward_kernel(
         "experts", "classes", "groups", "inner", "input_expert", "input_group", "input_class", "input_row",
         "grad_group", "grad_class", "grad_row",
     ],
-    do_not_specialize_on_alignment=["grad", "state", "input", "weights", "sums"],
+    do_not_specialize_on_alignment=[
+        "grad", "state", "end_of_state", "input", "shares", "sums", "partials", "tickets", "error",
+    ],
 )  # fmt: skip
 def class_kernel(
-    grad, state, input, weights, sums, experts: tl.int32, input_expert: tl.int64,
+    grad, state, end_of_state, input, shares, sums, partials, tickets, error,
+    experts: tl.int32, input_expert: tl.int64,
     classes: tl.int32, groups: tl.int32, inner: tl.int32,
     input_group: tl.int64, input_class: tl.int64, input_row: tl.int64,
     grad_group: tl.int64, grad_class: tl.int64, grad_row: tl.int64,
     MODE: tl.constexpr,
     UNIT: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """G of experts and classes: a program has a chunk of the classes of an expert, and walks down the samples."""
+    """G of experts and classes. Programs are numbered experts first, which share g, then chunks, then splits."""
     T: tl.constexpr = state.dtype.element_ty
     e = tl.program_id(0) % experts
-    columns = tl.program_id(0) // experts * (K * L) + tile_columns(K, L)
+    chunks = tl.cdiv(classes, K * L)
+    chunk = tl.program_id(0) // experts % chunks
+    split = tl.program_id(0) // (experts * chunks)
+    splits = tl.num_programs(0) // (experts * chunks)
+    columns = chunk * (K * L) + tile_columns(K, L)
     inside = are_classes(columns, classes, UNIT, VEC)
-    w = tl.load(weights + e * classes + columns, mask=inside, other=1.0)
+    w = tl.load(shares + e * classes + columns, mask=inside, other=1.0)
     total = no_logits(K, R, L, T)
-    for tile in range(0, groups * tl.cdiv(inner, R)):
-        group = tile // (groups * tl.cdiv(inner, R))  # 0
+    group = groups - 1  # 0: samples are one group of rows, or none
+    blocks = groups * tl.cdiv(inner, R)
+    share = tl.cdiv(blocks, splits)
+    first = split * share
+    for tile in range(first, tl.minimum(first + share, blocks)):
         row = tile * R + tl.arange(0, R)
         exists = are_rows(row, inner, UNIT, VEC)
         mask = inside & of_rows(exists)
@@ -309,10 +348,17 @@ def class_kernel(
         f = tl.load(at, mask=mask, other=0.0).to(T)
         if MODE != LOGITS:
             softmaxes = state + row.to(tl.int64) * (2 * experts) + 2 * e
-            f = _value(
-                f, tl.load(softmaxes, mask=exists, other=0.0), tl.load(softmaxes + 1, mask=exists, other=1.0), MODE
-            )
-        f = tl.where((w == 0.0) & ((f - f) != 0.0), 0.0, f)
+            top = tl.load(softmaxes, mask=exists, other=0.0)
+            f = _value(f, top, tl.load(softmaxes + 1, mask=exists, other=1.0), MODE)
+        f = tl.where(mask & ((w != 0.0) | ((f - f) == 0.0)), f, 0.0)
         at = pointers(grad, group, row, columns, grad_group, grad_class, grad_row, UNIT, VEC)
-        total += tl.where(mask, tl.load(at, mask=mask, other=0.0).to(T) * f, 0.0)
-    tl.store(sums + e * classes + columns, tl.sum(total, ROW_AXIS, keep_dims=True), mask=inside)
+        total += tl.load(at, mask=mask, other=0.0).to(T) * f
+    total *= _one(end_of_state, error, MODE, T)
+    of_splits = partials + e.to(tl.int64) * splits * classes
+    at = of_splits + split.to(tl.int64) * classes + columns
+    tl.store(at, tl.sum(total, ROW_AXIS, keep_dims=True), mask=inside)
+    tl.debug_barrier()  # the ticket is taken by one thread, which has to have seen what the others stored
+    ticket = tickets + chunk * experts + e
+    if tl.atomic_add(ticket, 1, sem="acq_rel") == splits - 1:
+        tl.store(ticket, 0)
+        add_splits(sums + e * classes, of_splits, columns, inside, splits, classes, R)

@@ -1,0 +1,4 @@
+// The kernels of the mean of experts for f64 logits.
+#include "cuda/aggregate_experts_launch.cuh"
+
+LTK_AGGREGATE_EXPERTS_INSTANCES(double, double)

@@ -1,0 +1,4 @@
+// The kernels of several experts' losses for f64 logits.
+#include "cuda/expert_cross_entropy_launch.cuh"
+
+LTK_EXPERT_CROSS_ENTROPY_INSTANCES(double, double)
