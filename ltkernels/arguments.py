@@ -135,6 +135,14 @@ def integer(name: str, value: int) -> int:
     return int(value)
 
 
+def size(name: str, value: int) -> int:
+    """``value`` as an int above 0."""
+    value = integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, found {value}")
+    return value
+
+
 def number(name: str, value: float, low: float, high: float, open_low: bool = False) -> float:
     """``value`` as a float in ``[low, high]``, or in ``(low, high]`` with ``open_low``; one that float32 can hold."""
     if type(value) is not float:

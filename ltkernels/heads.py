@@ -66,8 +66,8 @@ class CosineLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = _size("in_features", in_features)
-        self.out_features = _size("out_features", out_features)
+        self.in_features = arg.size("in_features", in_features)
+        self.out_features = arg.size("out_features", out_features)
         self.scale = arg.number("scale", scale, 0.0, math.inf, open_low=True)
         self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, device=device, dtype=dtype))
         self.reset_parameters()
@@ -85,10 +85,3 @@ class CosineLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scale={self.scale:g}"
-
-
-def _size(name: str, value: int) -> int:
-    value = arg.integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, found {value}")
-    return value

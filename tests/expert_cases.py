@@ -66,6 +66,7 @@ def options_of(experts: int, rows: int, classes: int) -> dict[str, dict[str, Any
             "diversity_factor": -0.2,
             "diversity_temperature": table(classes),
         },
+        "scaled": {"scale": 0.7, "diversity_factor": 0.3},  # the cross-entropies alone are
         "sade": {"class_bias": logits(experts, classes)},
         "distilled": {"teacher": logits(rows, classes), "distillation_temperature": 1.5},
         "all": {

@@ -37,6 +37,7 @@ ERRORS: list[tuple[type[Exception], str, Any, Any, dict[str, Any]]] = [
         {},
     ),
     (IndexError, r"target: expected labels in \[0, 4\)", Z, torch.tensor([0, 1, 4]), {}),
+    (IndexError, r"target: expected labels in \[0, 4\)", Z, torch.tensor([0, 1, -100]).view(torch.uint64), {}),
     (ValueError, r"weight: expected shape \(2, 4\) or \(4,\), found \(3, 4\)", Z, Y, {"weight": torch.ones(3, 4)}),
     (ValueError, "weight: expected finite values >= 0", Z, Y, {"weight": torch.tensor([1.0, -1.0, 1.0, 1.0])}),
     (ValueError, "weight: expected device cpu", Z, Y, {"weight": torch.ones(4, device="meta")}),

@@ -115,7 +115,7 @@ LTK_DEVICE void reduce_best(Best<T>* best) {
   }
   if constexpr (a_row > simt::warp_size) {
     constexpr int warps = a_row / simt::warp_size;
-    static_assert(warps * sizeof(Best<T>) <= reduced_bytes<T, a_row>, "");
+    static_assert(warps * sizeof(Best<T>) <= reduced_bytes<T>, "");
     Best<T>* slots = reinterpret_cast<Best<T>*>(simt::shared_memory() + shared_header);
     simt::sync_block();  // the memory may still be read for what was reduced before
     if (lane() == 0) slots[warp()] = *best;

@@ -2,42 +2,39 @@
 // device alone, so a call has the same bits every time.
 #pragma once
 
-#include <algorithm>
-
 #include "cuda/aggregate_experts.cuh"
-#include "cuda/cross_entropy_launch.cuh"
+#include "cuda/expert_launch.cuh"
 
 namespace ltk::cuda {
 
 template <class T>
-simt::Launch aggregate_launch(const AggregateCall<T>& call, const simt::Device& device, void* stream) {
-  simt::Launch how = any_launch(call, device, 2, stream);
-  how.shared_bytes += reduced_bytes<T, 256>;
-  return how;
+bool has_backward_vectors(const AggregateCall<T>& call) {
+  return has_vectors(call) && call.grad_layout.stride_class == 1 &&
+         (call.gradient == nullptr || call.gradient_layout.stride_class == 1);
 }
 
 template <class T>
 int64_t aggregate_experts_partials_of(const AggregateCall<T>& call, const char** error) {
   simt::Device device;
   if ((*error = simt::current_device(&device)) != nullptr) return 0;
-  return call.experts * aggregate_launch(call, device, nullptr).blocks;
+  return call.experts * expert_launch(call, device, has_backward_vectors(call), nullptr).blocks;
 }
 
 template <class E, class T>
 const char* aggregate_experts_forward_of(const AggregateCall<T>& call, void* stream) {
   simt::Device device;
   if (const char* error = simt::current_device(&device)) return error;
-  const simt::Launch how = aggregate_launch(call, device, stream);
-  const int a_row = threads_a_row(call);
+  const bool vectors = has_vectors(call);
+  const simt::Launch how = expert_launch(call, device, vectors, stream);
+  const int a_row = threads_a_sample(call, device, vectors);
   if constexpr (sizeof(T) == 4)
-    if (has_vectors(call))
+    if (vectors)
       return simt::launch(how,
                           a_row == 32 ? &aggregate_experts_forward_kernel<E, T, 32, true>
                                       : &aggregate_experts_forward_kernel<E, T, 256, true>,
                           call);
   if (a_row == 1) return simt::launch(how, &aggregate_experts_forward_kernel<E, T, 1, false>, call);
-  if (a_row == 32) return simt::launch(how, &aggregate_experts_forward_kernel<E, T, 32, false>, call);
-  return simt::launch(how, &aggregate_experts_forward_kernel<E, T, 256, false>, call);
+  return simt::launch(how, &aggregate_experts_forward_kernel<E, T, 32, false>, call);
 }
 
 template <class E, class T>
@@ -54,18 +51,17 @@ const char* aggregate_experts_backward_of(const AggregateCall<T>& call, void* st
     if (const char* error = simt::launch(how, &aggregate_class_weights_kernel<E, T>, call)) return error;
   }
   if (call.gradient == nullptr && !call.sums_weights()) return nullptr;
-  const simt::Launch how = aggregate_launch(call, device, stream);
-  const int a_row = threads_a_row(call);
+  const bool vectors = has_backward_vectors(call);
+  const simt::Launch how = expert_launch(call, device, vectors, stream);
+  const int a_row = threads_a_sample(call, device, vectors);
   if constexpr (sizeof(T) == 4)
-    if (has_vectors(call) && call.grad_layout.stride_class == 1 &&
-        (call.gradient == nullptr || call.gradient_layout.stride_class == 1))
+    if (vectors)
       return simt::launch(how,
                           a_row == 32 ? &aggregate_experts_backward_kernel<E, T, 32, true>
                                       : &aggregate_experts_backward_kernel<E, T, 256, true>,
                           call);
   if (a_row == 1) return simt::launch(how, &aggregate_experts_backward_kernel<E, T, 1, false>, call);
-  if (a_row == 32) return simt::launch(how, &aggregate_experts_backward_kernel<E, T, 32, false>, call);
-  return simt::launch(how, &aggregate_experts_backward_kernel<E, T, 256, false>, call);
+  return simt::launch(how, &aggregate_experts_backward_kernel<E, T, 32, false>, call);
 }
 
 }  // namespace ltk::cuda

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "cuda/cross_entropy_launch.cuh"
-#include "cuda/expert_cross_entropy.cuh"
+#include "cuda/expert_cross_entropy_backward.cuh"
+#include "cuda/expert_launch.cuh"
 
 namespace ltk::cuda {
 
@@ -14,39 +14,19 @@ bool has_expert_vectors(const ExpertCrossEntropyCall<T>& call) {
   return has_vectors(call) && (call.teacher == nullptr || (call.same_type && call.teacher_layout.stride_class == 1));
 }
 
-// Threads that share a sample: a block for long rows, and for short ones where samples are too few for a warp each.
-template <class T>
-int threads_a_sample(const ExpertCrossEntropyCall<T>& call, const simt::Device& device) {
-  const int a_row = threads_a_row(call);
-  if (!has_expert_vectors(call)) return a_row == 256 ? 32 : a_row;  // rare: not a kernel more
-  return call.classes > 256 && call.rows < int64_t(device.multiprocessors) * 16 ? 256 : a_row;
-}
-
-template <class T>
-simt::Launch expert_launch(const ExpertCrossEntropyCall<T>& call, const simt::Device& device, void* stream) {
-  const int a_row = threads_a_sample(call, device), threads = any_threads(a_row);
-  const int64_t most = int64_t(device.multiprocessors) * (2048 / threads) * 2;
-  return {std::max<int64_t>(1, std::min(divide_up(call.rows, threads / a_row), most)),
-          1,
-          threads,
-          1,
-          shared_header + reduced_bytes<T>,
-          stream};
-}
-
 template <class T>
 int64_t expert_cross_entropy_partials_of(const ExpertCrossEntropyCall<T>& call, const char** error) {
   simt::Device device;
   if ((*error = simt::current_device(&device)) != nullptr || call.reduction == Reduction::none) return 0;
-  return 2 * (call.experts + 1) * expert_launch(call, device, nullptr).blocks;
+  return 2 * (call.experts + 1) * expert_launch(call, device, has_expert_vectors(call), nullptr).blocks;
 }
 
 template <class E, class T>
 const char* expert_cross_entropy_forward_of(const ExpertCrossEntropyCall<T>& call, void* stream) {
   simt::Device device;
   if (const char* error = simt::current_device(&device)) return error;
-  const simt::Launch how = expert_launch(call, device, stream);
-  const int a_row = threads_a_sample(call, device);
+  const simt::Launch how = expert_launch(call, device, has_expert_vectors(call), stream);
+  const int a_row = threads_a_sample(call, device, has_expert_vectors(call));
   if constexpr (sizeof(T) == 4)
     if (has_expert_vectors(call))
       return simt::launch(how,

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ltkernels.bench import peers, report, runner, sampling
+from ltkernels.bench import peers, peers_expert_linear, report, runner, sampling
 from ltkernels.bench.device import Cpu, Cuda
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
 from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
+from ltkernels.bench.peers_expert_linear import EXPERT_LINEAR_VARIANTS
 from ltkernels.bench.peers_experts import EXPERT_VARIANTS
 from ltkernels.bench.peers_lade import LADE_VARIANTS
 from ltkernels.bench.peers_rows import ROW_VARIANTS
@@ -42,6 +43,9 @@ OPS = {
     "lade": _Op(ROW_SCENARIOS, {variant.name: variant for variant in LADE_VARIANTS}, runner.measure),
     "distillation": _Op(ROW_SCENARIOS, {variant.name: variant for variant in DISTILLATION_VARIANTS}, runner.measure),
     "experts": _Op(EXPERT_SCENARIOS, {variant.name: variant for variant in EXPERT_VARIANTS}, runner.measure),
+    "expert_linear": _Op(
+        ROW_SCENARIOS, {variant.name: variant for variant in EXPERT_LINEAR_VARIANTS}, peers_expert_linear.measure
+    ),
     "binary_cross_entropy": _Op(ROW_SCENARIOS, {variant.name: variant for variant in BINARY_VARIANTS}, runner.measure),
     "sampling": _Op(sampling.SCENARIOS, {variant.name: variant for variant in sampling.VARIANTS}, sampling.measure),
 }
@@ -158,7 +162,11 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _progress(variant: peers.Variant | sampling.Variant, shape: Scenario, measurement: runner.Measurement) -> None:
+def _progress(
+    variant: peers.Variant | sampling.Variant | peers_expert_linear.Variant,
+    shape: Scenario,
+    measurement: runner.Measurement,
+) -> None:
     ours = next(record for record in measurement.records if record["peer"] == peers.OURS)
     ratios = ", ".join(f"{ratio:.2f} of {name}" for name, ratio in ours["ratio"].items())
     _say(f"[{ours['threads']}t] {shape.name} {variant.name}: {report.duration(ours['p50_us'])}; {ratios}")

@@ -11,6 +11,7 @@ from ltkernels.bench import peers, sampling
 from ltkernels.bench.peers import VARIANTS
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
 from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
+from ltkernels.bench.peers_expert_linear import EXPERT_LINEAR_VARIANTS
 from ltkernels.bench.peers_experts import EXPERT_VARIANTS
 from ltkernels.bench.peers_lade import LADE_VARIANTS
 from ltkernels.bench.peers_rows import ROW_VARIANTS
@@ -32,8 +33,17 @@ TITLES = {
         *BINARY_VARIANTS,
     )
 }
+TITLES |= {variant.name: variant.title for variant in EXPERT_LINEAR_VARIANTS}
 TITLES |= {variant.name: variant.title for variant in sampling.VARIANTS}
-LOSSES = ("cross_entropy", "row_cross_entropy", "lade", "distillation", "experts", "binary_cross_entropy")
+LOSSES = (
+    "cross_entropy",
+    "row_cross_entropy",
+    "lade",
+    "distillation",
+    "experts",
+    "binary_cross_entropy",
+    "expert_linear",
+)
 FIELDS = frozenset(
     "op variant scenario source N C dtype mode memory threads peer less_work backend rounds p25_us p50_us p75_us ratio "
     "model_bytes frac_copy launches peak_mb peak_bytes page_faults rel_err_loss rel_err_grad rounding_grad "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltkernels.bench import peers, sampling
+from ltkernels.bench.peers_experts import EXPERTS
 
 Record = Mapping[str, Any]
 
@@ -55,6 +56,13 @@ SAMPLING_LIMITS: dict[tuple[str, str], tuple[float | None, float | None]] = {
     ("epoch", sampling.TORCHSAMPLER): (1 / 10, None),
     ("epoch", sampling.M_PER_CLASS): (1 / 10, None),
 }
+# Time and the forward's memory, at most of eager's; None: reported.
+EXPERT_LINEAR_LIMITS: dict[str, tuple[float, float | None]] = {
+    "linear_logits": (1.0, 1 / EXPERTS),
+    "linear_logits_shared": (0.5, None),  # the mean of the classifiers may be larger than the logits
+    "linear_probs": (1.1, None),
+    "linear_probs_shared": (1.1, None),
+}
 BYTES_PER_ROW_OR_CLASS = 64  # what O(N + C) beyond logits and gradient is allowed to mean
 FIXED_BYTES = 4096
 
@@ -90,6 +98,8 @@ def judge(records: Sequence[Record]) -> list[Line]:
     for record in records:
         if record["peer"] == peers.OURS and record["op"] == "sampling":
             lines += _sampling(record)
+        elif record["peer"] == peers.OURS and record["op"] == "expert_linear":
+            lines += _expert_linear(record)
         elif record["peer"] == peers.OURS and record["mode"] == "fwd_bwd":
             lines += _speed(record) if record["dtype"] == "float32" else ()
             lines += _memory_and_error(record)
@@ -124,12 +134,31 @@ def _speed(record: Record) -> Iterator[Line]:
         yield Line(what, scenario, threads, ratio[peers.CLONE], COPY_LIMITS.get(threads))
 
 
+def _expert_linear(record: Record) -> Iterator[Line]:
+    variant, scenario, threads = record["variant"], record["scenario"], record["threads"]
+    time, memory = EXPERT_LINEAR_LIMITS[variant]
+    judged = record["dtype"] == "float32" and record["mode"] == "fwd_bwd" and threads == 1
+    judged = judged and scenario != SMALL_BATCH  # of 0.3 ms, a fifth Python's and autograd's
+    for base in (peers.EAGER, peers.COMPILE):
+        if base in record["ratio"]:
+            limit = time if judged and base == peers.EAGER else None
+            yield Line(f"{variant}: time of {base}", scenario, threads, record["ratio"][base], limit)
+    held = record["forward_peak_ratio"][peers.EAGER]
+    yield Line(f"{variant}: forward's peak bytes of {peers.EAGER}", scenario, threads, held, memory)
+    yield from _error(record)
+
+
 def _memory_and_error(record: Record) -> Iterator[Line]:
     variant, scenario, threads, dtype = record["variant"], record["scenario"], record["threads"], record["dtype"]
     itemsize = {"float64": 8, "float32": 4}.get(dtype, 2)
     beyond = max(0, record["peak_bytes"] - record["N"] * record["C"] * itemsize)
     allowed = BYTES_PER_ROW_OR_CLASS * (record["N"] + record["C"]) + FIXED_BYTES
     yield Line(f"{variant}: peak bytes beyond logits and gradient, {dtype}", scenario, threads, beyond, allowed)
+    yield from _error(record)
+
+
+def _error(record: Record) -> Iterator[Line]:
+    variant, scenario, threads, dtype = record["variant"], record["scenario"], record["threads"], record["dtype"]
     if dtype == "float32":
         found, limit = record["rel_err_grad"], MAX_GRAD_ERROR
         yield Line(f"{variant}: gradient error, {dtype}", scenario, threads, found, limit)

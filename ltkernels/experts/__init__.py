@@ -6,6 +6,7 @@ module           what it has
 `aggregation`    `TestTimeAggregation`: weights of experts, learnt on test data without labels (SADE)
 `bbn`            `BBN`: a branch for the data as they are and one for rebalanced data (BBN)
 `distillation`   `LFMELoss`: a student of experts for groups of the classes
+`heads`          `ExpertHeads`: the classifiers of all experts as one layer
 `router`         `ExpertRouter`: later experts see only samples that need them (RIDE)
 `subsets`        `ACELoss`, `ResLTLoss`: experts for subsets of the classes, which `shot_groups` makes
 ================ ======================================================================================================
@@ -17,12 +18,14 @@ RIDE's and SADE's training losses are :class:`ltkernels.losses.RIDELoss` and :cl
 from ltkernels.experts.aggregation import TestTimeAggregation
 from ltkernels.experts.bbn import BBN
 from ltkernels.experts.distillation import LFMELoss
+from ltkernels.experts.heads import ExpertHeads
 from ltkernels.experts.router import ExpertRouter, RoutedLogits
 from ltkernels.experts.subsets import ACELoss, ResLTLoss, shot_groups
 
 __all__ = [
     "ACELoss",
     "BBN",
+    "ExpertHeads",
     "ExpertRouter",
     "LFMELoss",
     "ResLTLoss",

@@ -79,9 +79,7 @@ def aggregate_experts(
     return mean if best is None else TopClasses(mean, *best)
 
 
-def expert_weights(
-    weight: Tensor | None, shape: tuple[int, ...], input: Tensor
-) -> tuple[Tensor | None, ExpertWeights]:
+def expert_weights(weight: Tensor | None, shape: tuple[int, ...], input: Tensor) -> tuple[Tensor | None, ExpertWeights]:
     """Weights in the type that ``(E, N, C)`` values of ``input``'s are computed in, and what they depend on."""
     if weight is None:
         return None, ExpertWeights.EQUAL

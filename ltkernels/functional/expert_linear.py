@@ -96,7 +96,9 @@ def expert_linear(
         return _expert_logits(x, w, b)
     if mode == "logits":
         return _mean_logits(x, w, b, share, kind)
-    x, w, b = (None if value is None else value.to(_product_type(value)) for value in (x, w, b))
+    if _autocast(x) and x.dtype != torch.float64:  # as for PyTorch's products
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
     if _op.may_keep(x, w):
         return _aggregate.aggregate_experts((_expert_logits(x, w, b), share), AggregateExpertsOptions(*options))[0]
     return _op.expert_linear((x, w.contiguous(), None if b is None else b.contiguous(), share), options)
@@ -132,20 +134,13 @@ def _autocast(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
-def _product_type(value: Tensor) -> torch.dtype:
-    """What a product of matrices takes ``value`` in."""
-    if _autocast(value) and value.dtype != torch.float64:
-        return torch.get_autocast_dtype(value.device.type)
-    return value.dtype
-
-
 def _expert_logits(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """``(E, N, C)``."""
     if x.dim() == 3:
         return torch.bmm(x, w.mT) if b is None else torch.baddbmm(b.unsqueeze(1), x, w.mT)
     # One product, whose backward adds up what the experts want of the features by itself.
-    z = F.linear(x, w.flatten(0, 1), None if b is None else b.flatten())
-    return z.unflatten(1, w.shape[:2]).transpose(0, 1)
+    z: Tensor = F.linear(x, w.flatten(0, 1), None if b is None else b.flatten()).unflatten(1, w.shape[:2])
+    return z.transpose(0, 1)
 
 
 def _mean_logits(x: Tensor, w: Tensor, b: Tensor | None, weight: Tensor | None, kind: ExpertWeights) -> Tensor:
@@ -154,21 +149,16 @@ def _mean_logits(x: Tensor, w: Tensor, b: Tensor | None, weight: Tensor | None, 
     share = None if weight is None else weight / weight.sum(dim=1 if by_sample else 0, keepdim=True)
     if x.dim() == 2 and not by_sample:
         return F.linear(x, _averaged(w, share), None if b is None else _averaged(b, share))
-    if by_sample:
-        assert share is not None
-        x = (x * share.t().unsqueeze(-1)).to(x.dtype)
-        constant = None if b is None else share.to(b.dtype) @ b
-    else:
-        constant = None if b is None else _averaged(b, share)
-        if share is not None and share.dim() == 1:
-            x = (x * share[:, None, None]).to(x.dtype)
-        elif share is not None:
-            w = (w * share.unsqueeze(-1)).to(w.dtype)
+    constant = None
+    if b is not None:
+        constant = b.sum(dim=0) if share is None else share.to(b.dtype) @ b if by_sample else _averaged(b, share)
+    if share is not None and kind == ExpertWeights.CLASS:
+        w = (w * share.unsqueeze(-1)).to(w.dtype)
+    elif share is not None:
+        x = (x * (share.t().unsqueeze(-1) if by_sample else share[:, None, None])).to(x.dtype)
     # The products add up in the result. Its gradient is one product for all W_e and one for all x_e.
-    alpha = 1 / len(w) if share is None else 1.0
-    if constant is None:
-        return torch.addbmm(x.new_zeros(()), x, w.mT, beta=0, alpha=alpha)
-    return torch.addbmm(constant, x, w.mT, alpha=alpha)
+    total = torch.addbmm(x.new_zeros(()) if constant is None else constant, x, w.mT)
+    return total.div_(len(w)) if share is None else total  # as alpha it would be multiplied into a copy of W's gradient
 
 
 def _averaged(table: Tensor, share: Tensor | None) -> Tensor:
@@ -179,4 +169,5 @@ def _averaged(table: Tensor, share: Tensor | None) -> Tensor:
         return (table * share.view(*share.shape, *(1,) * (table.dim() - 2))).sum(dim=0).to(table.dtype)
     # A product with a vector takes a third of the time of products and a sum, but autocast would round the shares.
     with torch.autocast(table.device.type, enabled=False) if _autocast(table) else nullcontext():
-        return (share @ table.to(share.dtype).flatten(1)).view(table.shape[1:]).to(table.dtype)
+        mean = share @ table.to(share.dtype).flatten(1)
+    return mean.view(table.shape[1:]).to(table.dtype)
