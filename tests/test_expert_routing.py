@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import expert_routing
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
-
-import expert_routing  # noqa: E402
 
 SMALL = ["--batch", "40", "--width", "8", "--depth", "1", "--classes", "5", "--repeats", "1"]
 

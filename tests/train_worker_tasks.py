@@ -1,4 +1,4 @@
-"""Work for the processes that test_train.py starts: a module of its own, so that they need not import torch."""
+"""Work for the processes that test_train_runs.py starts: a module of its own, so that they need not import torch."""
 
 from __future__ import annotations
 

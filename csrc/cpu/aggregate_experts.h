@@ -3,12 +3,10 @@
 
 #include <cstdint>
 
+#include "common/expert_mean.h"
 #include "common/rows.h"
 
 namespace ltk {
-
-enum class AggregateMode : int64_t { logits, probs, log_probs };  // ltkernels/ops/options.py
-enum class ExpertWeights : int64_t { equal, expert, sample, classes };
 
 // One call. T is the type of the computation and of the weights. Rows are those of samples: the experts of a sample one
 // after the other.

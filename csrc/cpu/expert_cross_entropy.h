@@ -3,24 +3,10 @@
 
 #include <cstdint>
 
+#include "common/expert_row.h"
 #include "common/rows.h"
 
 namespace ltk {
-
-// What a forward keeps of an expert's logits of a sample: with m the maximum of u over the classes other than the
-// label, e^(u_j - m) times `factor` is a probability; p - 1 of the label, computed without that difference; maximum and
-// 1 / sum of the softened logits.
-template <class T>
-struct ExpertState {
-  T max, factor, at_label, soft_max, soft_inverse;
-};
-
-// And of a sample: maximum and 1 / sum of the mean as the experts' divergence softens it, of the mean as the teacher's
-// does, and of the teacher.
-template <class T>
-struct SampleState {
-  T mean_max, mean_inverse, student_max, student_inverse, teacher_max, teacher_inverse;
-};
 
 // One call. T is the type of the computation and of every parameter. Rows are those of samples: the experts of a sample
 // one after the other.

@@ -11,7 +11,7 @@ namespace {
 
 // Samples that pass together: short ones until their logits fill L1; where classes are strided, so many that
 // neighbouring samples share cache lines.
-inline int64_t samples_a_tile(int64_t experts, int64_t classes, bool strided) {
+static inline int64_t samples_a_tile(int64_t experts, int64_t classes, bool strided) {
   return strided ? max_tile : std::clamp<int64_t>(short_tile / (experts * classes), 1, max_tile);
 }
 

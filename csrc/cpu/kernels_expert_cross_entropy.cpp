@@ -225,17 +225,6 @@ struct ExpertLoss {
   T cross_entropy, divergence;
 };
 
-template <class T>
-T finish_cross_entropy(T others, T own, ExpertState<T>* state) {
-  const T m = std::max(state->max, own);
-  const T rise = state->max == -infinity<T> ? T(0) : std::exp(state->max - m);
-  others *= rise;
-  const T at_label = std::exp(own - m), total = others + at_label;
-  state->factor = rise / total;
-  state->at_label = -others / total;
-  return at_label > others ? std::log1p(others / at_label) : m - own + std::log(total);
-}
-
 template <class T, Affine form, Soft soft>
 ExpertLoss<T> expert_forward(const Call<T>& call, const Adjusted<T, form> u, const Softened<T, soft> a,
                              const Softened<T, soft> b, const SampleState<T>& sample, int64_t e, int64_t y,

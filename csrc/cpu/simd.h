@@ -49,25 +49,25 @@ template <class T>
 constexpr int64_t lanes = LTK_VECTOR_BYTES / sizeof(T);
 
 template <class T>
-inline Vec<T> splat(T value) {
+LTK_INLINE Vec<T> splat(T value) {
   return value - Vec<T>{};  // not +, which would turn -0 into 0 and so cannot be left out
 }
 
 template <class T>
-inline Vec<T> load(const T* from) {
+LTK_INLINE Vec<T> load(const T* from) {
   Vec<T> v;
   std::memcpy(&v, from, sizeof v);
   return v;
 }
 
 template <class T>
-inline void store(T* to, Vec<T> v) {
+LTK_INLINE void store(T* to, Vec<T> v) {
   std::memcpy(to, &v, sizeof v);
 }
 
 // The first `count` < lanes elements, the others `fill`.
 template <class T>
-inline Vec<T> load_first(const T* from, int64_t count, T fill) {
+LTK_INLINE Vec<T> load_first(const T* from, int64_t count, T fill) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     return (Vec<T>)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << count) - 1), from);
@@ -82,7 +82,7 @@ inline Vec<T> load_first(const T* from, int64_t count, T fill) {
 }
 
 template <class T>
-inline void store_first(T* to, Vec<T> v, int64_t count) {
+LTK_INLINE void store_first(T* to, Vec<T> v, int64_t count) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)v);
@@ -97,7 +97,7 @@ inline void store_first(T* to, Vec<T> v, int64_t count) {
 // a * b + c, rounded once where the instruction set can. Spelled out, and contraction by the compiler turned off
 // (setup.py), so that two instantiations of one formula have the same bits.
 template <class T>
-inline Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+LTK_INLINE Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4)
     return (Vec<T>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -114,7 +114,7 @@ inline Vec<T> multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
 }
 
 template <class T>
-inline T multiply_add_one(T a, T b, T c) {
+LTK_INLINE T multiply_add_one(T a, T b, T c) {
 #if defined(__FMA__)
   return std::fma(a, b, c);
 #else
@@ -124,7 +124,7 @@ inline T multiply_add_one(T a, T b, T c) {
 
 // The larger of each pair; `best` where one of them is NaN.
 template <class T>
-inline Vec<T> maximum(Vec<T> best, Vec<T> v) {
+LTK_INLINE Vec<T> maximum(Vec<T> best, Vec<T> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     return (Vec<T>)_mm512_max_ps((__m512)v, (__m512)best);
@@ -138,7 +138,7 @@ inline Vec<T> maximum(Vec<T> best, Vec<T> v) {
 
 // Over the lanes, by halving: a fixed order.
 template <class T, class Combine>
-inline T reduce_lanes(Vec<T> v, Combine combine) {
+static inline T reduce_lanes(Vec<T> v, Combine combine) {
   alignas(LTK_VECTOR_BYTES) T a[lanes<T>];
   std::memcpy(a, &v, sizeof v);
   for (int64_t half = lanes<T> / 2; half > 0; half /= 2)
@@ -147,7 +147,7 @@ inline T reduce_lanes(Vec<T> v, Combine combine) {
 }
 
 template <class T>
-inline T sum_lanes(Vec<T> v) {
+LTK_INLINE T sum_lanes(Vec<T> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return _mm512_reduce_add_ps((__m512)v);
 #endif
@@ -155,7 +155,7 @@ inline T sum_lanes(Vec<T> v) {
 }
 
 template <class T>
-inline T max_lanes(Vec<T> v) {
+LTK_INLINE T max_lanes(Vec<T> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return _mm512_reduce_max_ps((__m512)v);
 #endif
@@ -206,19 +206,19 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float to_float(BFloat16 h) {
+LTK_INLINE float to_float(BFloat16 h) {
   const uint32_t bits = uint32_t(h.bits) << 16;
   float f;
   std::memcpy(&f, &bits, sizeof f);
   return f;
 }
 #if defined(__F16C__)
-inline float to_float(Float16 h) { return _cvtsh_ss(h.bits); }
-inline void round_to(Float16* to, float f) { to->bits = _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
+LTK_INLINE float to_float(Float16 h) { return _cvtsh_ss(h.bits); }
+LTK_INLINE void round_to(Float16* to, float f) { to->bits = _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
 #else
 // By arithmetic, which does the rounding: a float16 is its 10 mantissa bits times a power of two, and adding a number
 // whose last bit is worth that power rounds to it.
-inline float to_float(Float16 h) {
+LTK_INLINE float to_float(Float16 h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
   uint32_t bits = magnitude << 13;
   float f = 0;
@@ -234,7 +234,7 @@ inline float to_float(Float16 h) {
   }
   return sign ? -f : f;
 }
-inline void round_to(Float16* to, float f) {
+LTK_INLINE void round_to(Float16* to, float f) {
   uint32_t bits;
   std::memcpy(&bits, &f, sizeof bits);
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
@@ -256,21 +256,21 @@ inline void round_to(Float16* to, float f) {
   }
 }
 #endif
-inline float to_float(float f) { return f; }
-inline double to_float(double f) { return f; }
+LTK_INLINE float to_float(float f) { return f; }
+LTK_INLINE double to_float(double f) { return f; }
 
-inline void round_to(BFloat16* to, float f) {
+LTK_INLINE void round_to(BFloat16* to, float f) {
   uint32_t bits;
   std::memcpy(&bits, &f, sizeof bits);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   to->bits = f == f ? uint16_t(rounded) : uint16_t(0x7fc0);
 }
-inline void round_to(float* to, float f) { *to = f; }
-inline void round_to(double* to, double f) { *to = f; }
+LTK_INLINE void round_to(float* to, float f) { *to = f; }
+LTK_INLINE void round_to(double* to, double f) { *to = f; }
 
 // Whole rows at unit stride; GCC does not vectorise the float16 conversions by itself.
 template <class From, class T>
-inline void widen(const From* from, int64_t count, T* to) {
+static inline void widen(const From* from, int64_t count, T* to) {
   int64_t j = 0;
 #if defined(__F16C__)
   if constexpr (sizeof(T) == 4 && std::is_same_v<From, Float16>)
@@ -281,7 +281,7 @@ inline void widen(const From* from, int64_t count, T* to) {
 }
 
 template <class T, class To>
-inline void narrow(const T* from, int64_t count, To* to) {
+static inline void narrow(const T* from, int64_t count, To* to) {
   int64_t j = 0;
 #if defined(__F16C__)
   if constexpr (sizeof(T) == 4 && std::is_same_v<To, Float16>)

@@ -19,7 +19,7 @@ constexpr T infinity = std::numeric_limits<T>::infinity();
 // Calls chunk(j, load, store) for every vector of columns [begin, end); load(p, fill) reads the vector at p, and the
 // last one, if it is short, filled up.
 template <class T, class Chunk>
-inline void sweep(int64_t begin, int64_t end, Chunk chunk) {
+static inline void sweep(int64_t begin, int64_t end, Chunk chunk) {
   int64_t j = begin;
   for (; j + lanes<T> <= end; j += lanes<T>)
     chunk(j, [](const T* p, T) { return load(p); }, [](T* p, Vec<T> v) { store(p, v); });
@@ -32,7 +32,7 @@ inline void sweep(int64_t begin, int64_t end, Chunk chunk) {
 // Calls block(begin, end) for stretches of columns. Sums add up within a block first, so that their rounding grows with
 // the number of blocks and not with that of classes.
 template <class Block>
-inline void blocks(int64_t end, Block block) {
+static inline void blocks(int64_t end, Block block) {
   constexpr int64_t size = 1024;
   for (int64_t begin = 0; begin < end; begin += size) block(begin, std::min(begin + size, end));
 }
