@@ -20,6 +20,7 @@ PARTS = {
     "lade": ("lade", "cpu-lade.jsonl", " --op lade"),
     "distillation": ("distillation", "cpu-distillation.jsonl", " --op distillation"),
     "experts": ("experts", "cpu-experts.jsonl", " --op experts"),
+    "expert_linear": ("expert-linear", "cpu-expert-linear.jsonl", " --op expert_linear"),
     "binary_cross_entropy": ("binary", "cpu-binary.jsonl", " --op binary_cross_entropy"),
     "sampling": ("sampling", "cpu-sampling.jsonl", " --op sampling"),
 }
@@ -40,6 +41,19 @@ def with_figures(text: str, figures: str, name: str = "figures") -> str:
     return f"{head}{begin}\n{figures}{end}{tail}"
 
 
+def figures(op: str, results: Path, writer: str = "python benchmarks/readme_table.py") -> str:
+    """The figures of an op in Markdown, from its file in the folder ``results``; ``writer`` is who puts them there.
+
+    Raises:
+        OSError, ValueError: the file is not there, or holds no such records.
+    """
+    _, file, choice = PARTS[op]
+    records = report.read_records(results / file)
+    threads = ",".join(str(count) for count in sorted({record["threads"] for record in records}))
+    command = f"ltkernels bench{choice} --threads {threads} --out benchmarks/results/{file}"
+    return report.readme_figures(records, command, op, writer)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of the result files")
@@ -48,11 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         before = after = args.readme.read_text(encoding="utf-8")
-        for op, (name, file, choice) in PARTS.items():
-            records = report.read_records(args.results / file)
-            threads = ",".join(str(count) for count in sorted({record["threads"] for record in records}))
-            command = f"ltkernels bench{choice} --threads {threads} --out benchmarks/results/{file}"
-            after = with_figures(after, report.readme_figures(records, command, op), name)
+        for op, (name, _, _) in PARTS.items():
+            after = with_figures(after, figures(op, args.results), name)
     except (OSError, ValueError) as error:
         print(f"readme_table: {args.readme}: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """expert_linear and ExpertHeads: every mode against float64, derivatives, memory, ways in, wrong calls.
 
-Sizes are odd, so that nothing divides into chunks; ``chunked`` makes chunks of 5 rows of what would be one.
+Sizes are odd, so that nothing divides into chunks; ``chunked`` makes chunks of 5 rows or 3 classes
+of what would be one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltkernels as ltk
 from ltkernels.bench.device import Cpu
+from ltkernels.ops import averaged_linear
 from ltkernels.ops import expert_linear as op
 from ltkernels.ops.options import ExpertLinearOptions
 
@@ -41,6 +43,7 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def _make_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LEAST_ROWS": 5, "KEPT_BYTES": 0, "CPU_SCRATCH_BYTES": 0}.items():
         monkeypatch.setattr(op, name, value)
+    monkeypatch.setattr(averaged_linear, "chunk_classes", lambda input, weight: 3)
 
 
 def make(
@@ -281,9 +284,10 @@ def test_a_mean_of_logits_never_has_those_of_each_expert(shared: bool, kind: str
 
 @each_sharing
 def test_forward_memory_of_a_mean_of_logits(shared: bool) -> None:
-    n, c, d = 256, 300, 16
-    x = torch.randn(*(() if shared else (E,)), n, d)
-    w, b = torch.randn(E, c, d), torch.randn(E, c)
+    """Of shared features too many for a mean classifier beside the result, which is kept for no backward either."""
+    n, c, d = 256, 1000, 256
+    x = torch.randn(*(() if shared else (E,)), n, d, requires_grad=True)
+    w, b = torch.randn(E, c, d, requires_grad=True), torch.randn(E, c)
     eager = Cpu().peak_bytes(lambda: (torch.matmul(x, w.mT) + b.unsqueeze(1)).mean(0))
     assert Cpu().peak_bytes(lambda: expert_linear(x, w, b)) <= eager / E
 
@@ -312,6 +316,12 @@ def test_the_scratch_is_chosen_by_the_size() -> None:
     rows = op.chunk_rows(torch.empty(4096, 8), w)
     assert rows * E * 1000 * 4 <= op.CPU_SCRATCH_BYTES < (rows + 1) * E * 1000 * 4
     assert op.chunk_rows(x, torch.empty(E, 10**7, 8, device="meta")) == op.LEAST_ROWS
+    few, features = torch.empty(1, 512, device="meta"), torch.empty(512, 512, device="meta")
+    w = torch.empty(E, 8142, 512, device="meta")
+    assert averaged_linear.chunk_classes(few, w) == averaged_linear.SCRATCH_BYTES // (512 * 4)
+    assert averaged_linear.chunk_classes(features, w) == 8142 // (2 * E)
+    assert averaged_linear.chunk_classes(x.expand(4096, 8), torch.empty(E, 10, 8)) == 10
+    w = torch.empty(E, 1000, 8, device="meta")
     assert op.may_keep(x[:256], w)
     assert not op.may_keep(torch.empty(10**5, 8, device="meta"), w)
     with torch.no_grad():  # nothing has to be kept, so the cache decides
@@ -344,7 +354,7 @@ def test_opcheck(shared: bool, kind: str, backend: str, monkeypatch: pytest.Monk
     _make_chunks(monkeypatch)
     arguments = leaves(make(shared, kind, torch.float32))
     arguments[3] = None if arguments[3] is None else arguments[3].detach().float().requires_grad_()
-    for mode in (1, 2):
+    for mode in (0, 1, 2):
         options = ExpertLinearOptions(mode, list(WEIGHTS).index(kind))
         with ltk.use_backend(backend):
             torch.library.opcheck(op.OP.forward, (*arguments, *options))

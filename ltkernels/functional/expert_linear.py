@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,8 @@ from ltkernels.functional.experts import stacked
 from ltkernels.functional.unit import unit
 from ltkernels.ops import aggregate_experts as _aggregate
 from ltkernels.ops import expert_linear as _op
+from ltkernels.ops.averaged_linear import averaged, needs_parts
+from ltkernels.ops.entries import is_traced
 from ltkernels.ops.options import AggregateExpertsOptions, AggregateMode, ExpertLinearOptions, ExpertWeights
 from ltkernels.reference.aggregate_experts import check_values
 
@@ -40,7 +41,8 @@ def expert_linear(
     ``(E, N, C)`` is made for a mean:
 
     * of logits: what is linear commutes with the mean. If the experts share features and weights are not by sample,
-      the classifiers are averaged and one product of matrices is left of E; otherwise E products add up in the result.
+      the classifiers are averaged, a few classes at a time, and one product of matrices is left of E; otherwise E
+      products add up in the result.
     * of softmaxes: logits are made for so many rows that the cache holds them, and again in the backward: a third more
       products, for memory that does not grow with N. Logits of less than 64 MiB are kept instead if there may be a
       backward.
@@ -94,12 +96,13 @@ def expert_linear(
         x = x * scale
     if mode == EXPERTS:
         return _expert_logits(x, w, b)
-    if mode == "logits":
+    by_classes = x.dim() == 2 and kind != ExpertWeights.SAMPLE and not is_traced(x) and needs_parts(x, w)
+    if mode == "logits" and not by_classes:
         return _mean_logits(x, w, b, share, kind)
     if _autocast(x) and x.dtype != torch.float64:  # as for PyTorch's products
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
-    if _op.may_keep(x, w):
+    if mode != "logits" and _op.may_keep(x, w):
         return _aggregate.aggregate_experts((_expert_logits(x, w, b), share), AggregateExpertsOptions(*options))[0]
     return _op.expert_linear((x, w.contiguous(), None if b is None else b.contiguous(), share), options)
 
@@ -147,11 +150,11 @@ def _mean_logits(x: Tensor, w: Tensor, b: Tensor | None, weight: Tensor | None, 
     """``sum_e s_e (x_e W_e^T + b_e)`` with shares s that add up to 1."""
     by_sample = kind == ExpertWeights.SAMPLE
     share = None if weight is None else weight / weight.sum(dim=1 if by_sample else 0, keepdim=True)
-    if x.dim() == 2 and not by_sample:
-        return F.linear(x, _averaged(w, share), None if b is None else _averaged(b, share))
+    if x.dim() == 2 and not by_sample:  # few classifiers, or in a graph, which then runs where ltkernels is not
+        return F.linear(x, averaged(w, share), None if b is None else averaged(b, share))
     constant = None
     if b is not None:
-        constant = b.sum(dim=0) if share is None else share.to(b.dtype) @ b if by_sample else _averaged(b, share)
+        constant = b.sum(dim=0) if share is None else share.to(b.dtype) @ b if by_sample else averaged(b, share)
     if share is not None and kind == ExpertWeights.CLASS:
         w = (w * share.unsqueeze(-1)).to(w.dtype)
     elif share is not None:
@@ -159,15 +162,3 @@ def _mean_logits(x: Tensor, w: Tensor, b: Tensor | None, weight: Tensor | None, 
     # The products add up in the result. Its gradient is one product for all W_e and one for all x_e.
     total = torch.addbmm(x.new_zeros(()) if constant is None else constant, x, w.mT)
     return total.div_(len(w)) if share is None else total  # as alpha it would be multiplied into a copy of W's gradient
-
-
-def _averaged(table: Tensor, share: Tensor | None) -> Tensor:
-    """``(C, ...)`` of ``(E, C, ...)``, summed in the type of the shares, ``(E,)`` or ``(E, C)``."""
-    if share is None:
-        return table.mean(dim=0)
-    if share.dim() == 2:
-        return (table * share.view(*share.shape, *(1,) * (table.dim() - 2))).sum(dim=0).to(table.dtype)
-    # A product with a vector takes a third of the time of products and a sum, but autocast would round the shares.
-    with torch.autocast(table.device.type, enabled=False) if _autocast(table) else nullcontext():
-        mean = share @ table.to(share.dtype).flatten(1)
-    return mean.view(table.shape[1:]).to(table.dtype)

@@ -57,7 +57,7 @@ def call(
     """
     input = tensors[0]
     assert input is not None
-    if torch.compiler.is_compiling() or type(input) not in _PLAIN:
+    if is_traced(input):
         if torch._C._are_functorch_transforms_active() or only_reference(op, *tensors):  # a transform inside a graph
             return op.reference(*tensors, options)
         loss: Tensor
@@ -84,6 +84,11 @@ def call(
                 return loss
     loss = implementation.forward(*tensors, *options, False)[0]
     return loss
+
+
+def is_traced(input: Tensor) -> bool:
+    """Whether what is called now becomes a graph, or a tensor subclass has its own way with it."""
+    return torch.compiler.is_compiling() or type(input) not in _PLAIN
 
 
 def _keeping(implementation: Implementation, kept: list[Tensor]) -> Implementation:

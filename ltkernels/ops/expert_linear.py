@@ -1,9 +1,9 @@
-"""The op behind ``functional.expert_linear`` where softmaxes are averaged: logits exist for a chunk of rows at a time.
+"""The op behind ``functional.expert_linear``: logits exist for a chunk of rows at a time, if at all.
 
-A chunk's logits are one product of matrices into a scratch; ``aggregate_experts`` reads them there while the cache has
-them. The backward makes them again chunk by chunk, lets ``aggregate_experts`` write their gradient over them, and
-multiplies that into the gradients of features and classifiers. So no tensor of size ``(E, N, C)`` exists, for a third
-more products.
+A mean of the logits of shared features needs none: ``averaged_linear.py``. Where softmaxes are averaged, a chunk's
+logits are one product of matrices into a scratch; ``aggregate_experts`` reads them there while the cache has them. The
+backward makes them again chunk by chunk, lets ``aggregate_experts`` write their gradient over them, and multiplies that
+into the gradients of features and classifiers. So no tensor of size ``(E, N, C)`` exists, for a third more products.
 
 The products are PyTorch's; a backend of this op is the backend of the ``aggregate_experts`` between them.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ltkernels import backends
-from ltkernels.ops import aggregate_experts, entries
-from ltkernels.ops.options import AggregateExpertsOptions, ExpertLinearOptions, ExpertWeights
+from ltkernels.ops import aggregate_experts, averaged_linear, entries
+from ltkernels.ops.options import AggregateExpertsOptions, AggregateMode, ExpertLinearOptions, ExpertWeights
 from ltkernels.ops.table import Op, Tensors
 from ltkernels.reference import expert_linear as reference
 
@@ -106,6 +106,8 @@ def _chunks(tensors: Tensors, options: ExpertLinearOptions) -> Iterator[_Chunk]:
 def _forward(row: backends.Implementation) -> Callable[..., tuple[Tensor, Tensor, None]]:
     def forward(*args: Any) -> tuple[Tensor, Tensor, None]:
         tensors, options = args[:4], ExpertLinearOptions(*args[4:-1])
+        if _averages(tensors, options):
+            return averaged_linear.forward(tensors), _new_state(tensors, options).fill_(1.0), None
         output = _new_output(tensors, options)
         for chunk in _chunks(tensors, options):
             call = chunk.logits, chunk.expert_weight, *AggregateExpertsOptions(*options)
@@ -118,6 +120,9 @@ def _forward(row: backends.Implementation) -> Callable[..., tuple[Tensor, Tensor
 def _backward(row: backends.Implementation) -> Callable[..., tuple[Tensor, ...]]:
     def backward(grad: Tensor, state: Tensor, *args: Any) -> tuple[Tensor, ...]:
         tensors, options, need = args[:4], ExpertLinearOptions(*args[4:6]), args[6:-1]
+        if _averages(tensors, options):
+            grads = averaged_linear.backward(grad, tensors, need)
+            return tuple(state.new_empty(0) if d is None else d for d in grads)
         _, weight, bias = _grouped(tensors)
         d_input = torch.empty_like(tensors[0]) if need[0] else None
         d_weight, d_bias, d_shares = (
@@ -147,6 +152,12 @@ def _backward(row: backends.Implementation) -> Callable[..., tuple[Tensor, ...]]
         )
 
     return backward
+
+
+def _averages(tensors: Tensors, options: ExpertLinearOptions) -> bool:
+    """Whether the mean of the classifiers gives the result: no weight is a sample's own."""
+    assert tensors[0] is not None
+    return options.mode == AggregateMode.LOGITS and tensors[0].dim() == 2 and options.weights != ExpertWeights.SAMPLE
 
 
 def _zeros(like: Tensor) -> Tensor:
@@ -205,6 +216,7 @@ def _op() -> Op:
         ),
         definition,
     ]
+    op.table.kernels = aggregate_experts.OP.name
     return entries.register(op)
 
 
@@ -212,5 +224,5 @@ OP = _op()
 
 
 def expert_linear(tensors: Tensors, options: ExpertLinearOptions) -> Tensor:
-    """``(N, C)``: the mean of the experts' softmaxes by the backend that serves the call; see the reference."""
+    """``(N, C)``: the mean over the experts by the backend that serves the call; see the reference."""
     return entries.call(OP, tuple(tensors), options)
