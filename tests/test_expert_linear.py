@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross_entropy_cases import Form, each_form
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,7 +105,7 @@ def formula(
 def with_gradients(form: Callable[..., Tensor], arguments: list[Tensor | None], *options: Any) -> list[Tensor]:
     variables = leaves(arguments)
     output = form(*variables, *options)
-    upstream = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).reshape(output.shape).to(output.dtype)
+    upstream = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).reshape(output.shape).to(output)
     return [output.detach(), *torch.autograd.grad(output, given(variables), upstream)]
 
 
@@ -141,6 +142,23 @@ def test_low_precision(chunked: bool, shared: bool, kind: str, mode: str, dtype:
     assert actual[0].dtype == actual[1].dtype == dtype
     # Half types: a rounding of the logits and one of each expert's share in the sum, and as many in the gradient.
     assert_near(actual, with_gradients(formula, exact, mode), 5e-6 if dtype == torch.float32 else 16 * eps(dtype))
+
+
+@each_form
+@each_sharing
+@each_kind
+def test_every_backend(form: Form, shared: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks, so that what is between the products is the backend's kernels, into whose scratch they write."""
+    _make_chunks(monkeypatch)
+    arguments = make(shared, kind, torch.float32)
+    exact = [None if value is None else value.double() for value in arguments]
+    for mode in MODES:
+        truth = with_gradients(formula, exact, mode)
+        with form.use():
+            found = with_gradients(
+                expert_linear, [None if value is None else value.to(form.device) for value in arguments], mode
+            )
+        assert_near([value.cpu() for value in found], truth, 1e-5)
 
 
 def eps(dtype: torch.dtype) -> float:
