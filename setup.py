@@ -21,6 +21,7 @@ import platform
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -29,7 +30,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import glob
-from importlib.metadata import version
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -81,7 +82,9 @@ class Unit:
         made_by, depends = out.with_suffix(".cmd"), out.with_suffix(".d")
         partial = out.with_suffix(".partial.o")  # killed half-way, a build leaves no object that looks finished
         compiler = [self.nvcc] if self.nvcc else cxx
-        command = [*compiler, *self.flags, "-MD", "-MF", str(depends), "-c", self.source, "-o", str(partial)]
+        # Relative, so that the objects of a tree that was copied or moved are still made by this very command.
+        files = ["-MF", str(depends.relative_to(root)), "-c", self.source, "-o", str(partial.relative_to(root))]
+        command = [*compiler, *self.flags, "-MD", *files]
         if made_by.exists() and made_by.read_text() == shlex.join(command) and _is_current(out, depends, root):
             return
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -280,10 +283,26 @@ def compiler() -> list[str] | None:
     return next((words for words in candidates if shutil.which(words[0])), None)
 
 
+def package_folders() -> list[str]:
+    """Where torch may lie: where Python imports from, then where pip installs to.
+
+    pip builds in isolation: it takes the second off the path of the first, since what is there was not asked for. But
+    torch is too large to be asked for once more, its headers and the names in its library are all that is needed, and
+    the torch that ltkernels is going to run with is the best one to take them from.
+    """
+    return [*sys.path, *site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+
+
 def torch_directory() -> Path | None:
     """Where the torch package lies, without importing it."""
-    spec = find_spec("torch")
+    spec = PathFinder.find_spec("torch", package_folders())
     return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def torch_version(torch: Path) -> str:
+    """The version of the torch package in that folder, without importing it."""
+    (found,) = re.findall(r"^__version__ = '(.+)'", (torch / "version.py").read_text(), re.MULTILINE)
+    return str(found)
 
 
 def obstacles() -> dict[str, str]:
@@ -301,11 +320,11 @@ def obstacles() -> dict[str, str]:
         found[CUDA_LIBRARY] = (
             f"no nvcc found (looked in {wanted + '/bin' if wanted else '$PATH and /usr/local/cuda/bin'})"
         )
-    if torch_directory() is None:
-        reason = "torch is not installed where the build runs; pip --no-build-isolation lets it see yours"
+    if (torch := torch_directory()) is None:
+        reason = "torch is not installed where the build runs; install it first, or let pip --no-build-isolation see it"
         found |= dict.fromkeys((OP_LIBRARY, CUDA_LIBRARY), reason)
-    elif tuple(int(part) for part in version("torch").split(".")[:2]) < (2, 10):
-        found |= dict.fromkeys((OP_LIBRARY, CUDA_LIBRARY), f"torch >= 2.10 needed, found {version('torch')}")
+    elif tuple(int(part) for part in torch_version(torch).split(".")[:2]) < (2, 10):
+        found |= dict.fromkeys((OP_LIBRARY, CUDA_LIBRARY), f"torch >= 2.10 needed, found {torch_version(torch)}")
     if find_spec("pybind11") is None:
         found[HOST_MODULE] = "pybind11 is not installed where the build runs"
     elif not Path(sysconfig.get_paths()["include"], "Python.h").exists():

@@ -1,8 +1,8 @@
 """What every method of the demo reaches on a data set: keeps a run of ``python/train.py``, and says it in Markdown.
 
-``python benchmarks/methods_table.py RUN/results.json benchmarks/results/methods-DATA.json`` keeps the part of a run's
-results that the documentation shows (docs/methods.md says which run); the documentation's build makes the table of it.
-Accuracy repeats to the last digit on one machine, times do not, so no time is kept.
+``python benchmarks/methods_table.py RUN/results.json ... --out benchmarks/results/methods-DATA.json`` keeps the part of
+some runs' results that the documentation shows; the documentation's build makes a table of it, and says which runs they
+were. Accuracy repeats to the last digit on one machine, times do not, so no time is kept.
 """
 
 from __future__ import annotations
@@ -24,28 +24,44 @@ METRICS = {
 }
 
 
-def keep(results: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's results that the table needs; who ran it where and with what stays with it."""
-    arguments = results["arguments"]
-    counts = results["data"]["class_counts"]
+def keep(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The part of the runs' results that the table needs; who ran them where and with what stays with it.
+
+    Raises:
+        ValueError: runs of different data, seeds, machines or versions.
+    """
+    first, *others = [_kept(run) for run in runs]
+    for other in others:
+        for key in first.keys() - {"methods", "commands"}:
+            if other[key] != first[key]:
+                raise ValueError(f"expected runs with the same {key}, found {first[key]} and {other[key]}")
+        first["methods"] |= other["methods"]
+        first["commands"] += other["commands"]
+    return first
+
+
+def _kept(run: dict[str, Any]) -> dict[str, Any]:
+    arguments, counts = run["arguments"], run["data"]["class_counts"]
+    drawn = "" if arguments["sampler"] == "instance" else f", {arguments['sampler']} sampling"
     return {
-        "data": {key: results["data"][key] for key in ("name", "task", "num_train", "num_classes", "evaluated_on")}
+        "data": {key: run["data"][key] for key in ("name", "task", "num_train", "num_classes", "evaluated_on")}
         | {"most": max(counts), "least": min(counts)},
-        "cpu": results["machine"]["cpu"],
-        "versions": results["versions"],
+        "cpu": run["machine"]["cpu"],
+        "versions": run["versions"],
         "seeds": arguments["seeds"],
-        "command": command(arguments),
+        "commands": [command(arguments)],
         "methods": {
-            name: {"title": method["title"], "accuracy": method["accuracy"]}
-            for name, method in results["methods"].items()
+            f"{name}{drawn}": {"title": f"{method['title']}{drawn}", "accuracy": method["accuracy"]}
+            for name, method in run["methods"].items()
         },
     }
 
 
 def command(arguments: dict[str, Any]) -> str:
     """The call of ``train.py`` that had these arguments."""
+    drawn = "" if arguments["sampler"] == "instance" else f" --sampler {arguments['sampler']}"
     return (
-        f"python python/train.py --data {arguments['data']} --seeds {arguments['seeds']} "
+        f"python python/train.py --data {arguments['data']} --seeds {arguments['seeds']}{drawn} "
         f"--method {' '.join(arguments['method'])}"
     )
 
@@ -54,9 +70,9 @@ def markdown(path: Path) -> str:
     """The table of a kept run: the best of each column is bold; mean and standard deviation over the seeds, in %."""
     kept = json.loads(path.read_text(encoding="utf-8"))
     data, versions = kept["data"], kept["versions"]
-    best = {
-        metric: max(method["accuracy"][metric]["mean"] for method in kept["methods"].values()) for metric in METRICS
-    }
+    accuracies = [method["accuracy"] for method in kept["methods"].values()]
+    # None for a group without classes, of all methods.
+    best = {metric: max((a[metric]["mean"] for a in accuracies), key=lambda mean: mean or 0.0) for metric in METRICS}
     lines = [
         f"| method | {' | '.join(METRICS.values())} |",
         "|---|" + "---:|" * len(METRICS),
@@ -72,7 +88,7 @@ def markdown(path: Path) -> str:
         f"{data['name']}: {data['task']}. {data['num_train']:,} training samples, {data['num_classes']:,} classes of "
         f"{data['least']} to {data['most']:,}. Accuracy on the {data['evaluated_on']} in %, mean ± standard deviation "
         f"over {kept['seeds']} seeds; the best of a column is bold.\n\n" + "\n".join(lines) + "\n\n"
-        f"Printed by `{kept['command']}` on {kept['cpu']} ({made_with}).\n"
+        f"Measured on {kept['cpu']} ({made_with}) by\n\n" + "".join(f"* `{command}`\n" for command in kept["commands"])
     )
 
 
@@ -86,14 +102,14 @@ def _cell(accuracy: dict[str, float | None], best: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="results.json of a run of python/train.py")
-    parser.add_argument("kept", type=Path, help="file to write")
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of a run of python/train.py")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args(argv)
     try:
-        kept = keep(json.loads(args.results.read_text(encoding="utf-8")))
-        args.kept.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        kept = keep([json.loads(path.read_text(encoding="utf-8")) for path in args.results])
+        args.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     except (OSError, ValueError, KeyError) as error:
-        print(f"methods_table: {args.results}: {error!r}", file=sys.stderr)
+        print(f"methods_table: {error!r}", file=sys.stderr)
         return 1
     return 0
 

@@ -15,9 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import backends, bench, experts, functional, losses, rebalance, samplers
+    from . import backends, bench, experts, functional, integrations, losses, metrics, rebalance, samplers
     from .backends import available_backends, explain, use_backend
     from .calibration import DisAlignCalibration, LearnableWeightScaling
+    from .conversion import convert
     from .heads import CosineLinear
     from .ops.gpu import check
 
@@ -31,22 +32,26 @@ __all__ = [
     "backends",
     "bench",
     "check",
+    "convert",
     "experts",
     "explain",
     "functional",
+    "integrations",
     "losses",
+    "metrics",
     "rebalance",
     "samplers",
     "use_backend",
 ]
 
-_MODULES = ("backends", "bench", "experts", "functional", "losses", "rebalance", "samplers")
+_MODULES = ("backends", "bench", "experts", "functional", "integrations", "losses", "metrics", "rebalance", "samplers")
 _OWNERS = {
     "CosineLinear": "heads",
     "DisAlignCalibration": "calibration",
     "LearnableWeightScaling": "calibration",
     "available_backends": "backends",
     "check": "ops.gpu",
+    "convert": "conversion",
     "explain": "backends",
     "use_backend": "backends",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ CPU_INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 _LIBRARY = Path(__file__).parent / "lib" / "libltkernels_cpu.so"
 _CUDA_LIBRARY = Path(__file__).parent / "lib" / "libltkernels_cuda.so"
+# Without --no-cache-dir, pip would install once more the wheel that it kept of the build that left something out.
+_REBUILD = "pip install --no-cache-dir --force-reinstall --no-deps ltkernels"
 
 
 @cache
@@ -41,9 +44,24 @@ def status() -> dict[str, str | None]:
     }
 
 
+def _not_built(library: Path, missing: str, needed: str) -> str:
+    if sys.platform != "linux":
+        return f"{library.name} was not built: the compiled backends are for Linux only"
+    reason = f"{library.name} was not built: ltkernels was installed without {missing}"
+    return f"{reason}; with {needed}, `{_REBUILD}` builds it"
+
+
+def _old_torch() -> str | None:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        return f"torch 2.10 or later needed, found {torch.__version__}; `pip install --upgrade torch` brings one"
+    return None
+
+
 def _load_cpu_library() -> str | None:
     if not _LIBRARY.exists():
-        return f"{_LIBRARY.name} was not built: ltkernels was installed without a C++ compiler or without torch"
+        return _not_built(_LIBRARY, "a C++ compiler or without torch", "g++ and torch there")
+    if reason := _old_torch():
+        return reason
     try:
         torch.ops.load_library(str(_LIBRARY))
     except (OSError, RuntimeError) as error:
@@ -79,7 +97,9 @@ def _load_cuda_library() -> str | None:
     if not emulated("cuda") and (reason := _no_gpu()):
         return reason
     if not library.exists():
-        return f"{library.name} was not built: ltkernels was installed without nvcc"
+        return _not_built(library, "nvcc", "nvcc, g++ and torch there")
+    if reason := _old_torch():
+        return reason
     try:
         torch.ops.load_library(str(library))
         torch.ops.ltkernels_cuda.probe()  # an older driver, or a GPU that it was not built for
@@ -203,6 +223,8 @@ class Implementation:
     backward: Callable[..., Any] = _no_backward
     refuses: Callable[..., str | None] = lambda *call: None
     gradient_in_forward: bool = False
+    all_gradients: bool = False
+    """Whether that forward computes the gradients of all tensors that need one, not just that of the first."""
 
     def reason_against(self, device: torch.device, call: tuple[Any, ...]) -> str | None:
         """``None`` if this implementation can serve ``call``, otherwise why not."""
@@ -236,6 +258,8 @@ class Table:
     op: str
     rows: list[Implementation]
     preferences: tuple[Preference, ...] = ()
+    kernels: str = ""
+    """Name of the kernels' files, where that is not the op's: an op may be made of another's kernels."""
     _candidates: dict[str, list[Implementation]] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 
@@ -266,8 +290,9 @@ class Table:
         """What this process can use on the device: found once, since looking at every call costs microseconds."""
         rows = [row for row in self.rows if row.device in (None, device.type)]
         for row in rows:
-            if reason := status()[row.backend]:
-                self._tell(row, reason)
+            if (reason := status()[row.backend]) and row.backend not in _told_missing:
+                _told_missing.add(row.backend)
+                warnings.warn(f"ltkernels does without its {row.backend} backend: {reason}", stacklevel=6)
         self._candidates[device.type] = [row for row in rows if status()[row.backend] is None]
         return self._candidates[device.type]
 
@@ -284,22 +309,48 @@ class Table:
             raise RuntimeError(f"{self.op}: backend {name!r} was asked for but cannot serve this call: {reason}")
         return row
 
-    def _explain(self, input: Tensor, call: tuple[Any, ...]) -> str:
-        lines = [f"{self.op} on {input.device}:"]
-        chosen = False
+    def _explain(self, input: Tensor, call: tuple[Any, ...]) -> Explanation:
+        chosen: Implementation | None = None
+        lines = []
         preferred = self.preferred(input) if input.device.type == "cuda" else None
         first = preferred.backend if preferred else ""
         for row in sorted(self.rows, key=lambda row: row.backend != first):
             reason = row.reason_against(input.device, call)
-            if reason is None and not chosen and _forced in (None, row.backend):
+            if reason is None and chosen is None and _forced in (None, row.backend):
                 why = "asked for" if _forced else preferred.source if preferred and row.backend == first else ""
-                verdict, chosen = "serves this call" + (f" ({why})" if why else ""), True
+                verdict, chosen = "serves this call" + (f" ({why})" if why else ""), row
             else:
                 verdict = f"no: {reason}" if reason else "could serve this call"
             lines.append(f"  {row.backend:<10} {verdict}")
-        if not chosen:
+        if chosen is None:
             lines.append(f"  backend {_forced!r} was asked for: the call would raise")
-        return "\n".join(lines)
+        else:
+            lines.append(f"what runs: {self._kernels_of(chosen)}")
+        tensor = f"{str(input.dtype).removeprefix('torch.')} {tuple(input.shape)}"
+        head = f"{self.op} on {input.device}, {tensor}; backends, fastest first:"
+        explanation = Explanation("\n".join([head, *lines]))
+        explanation.op, explanation.backend = self.op, None if chosen is None else chosen.backend
+        return explanation
+
+    def _kernels_of(self, row: Implementation) -> str:
+        name = self.kernels or self.op
+        if row.backend == "cpu":
+            threads = torch.get_num_threads()
+            limit = f"up to {threads} threads" if threads > 1 else "1 thread"
+            return f"C++ for {cpu_instruction_set()} on {limit}; csrc/cpu/kernels_{name}.cpp"
+        if row.backend == "cuda":
+            return f"CUDA C++{_emulation(row)}; csrc/cuda/{name}*.cu"
+        if row.backend == "triton":
+            return f"Triton, compiled at the first call{_emulation(row)}; ltkernels/triton/{name}.py"
+        return "PyTorch's own ops and autograd; ltkernels/reference"
+
+
+def _emulation(row: Implementation) -> str:
+    return ", emulated on the CPU" if emulated(row.backend) else ""
+
+
+_told_missing: set[str] = set()
+"""Backends of which a warning has said that this process cannot use them: once, not once an op."""
 
 
 @cache
@@ -307,24 +358,47 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
+class Explanation(str):
+    """What :func:`explain` found: text, which a notebook or a prompt shows as it is, without ``print``.
+
+    Attributes:
+        op: the op that was called.
+        backend: the backend that serves the call; ``None`` where the call would raise.
+    """
+
+    op: str = ""
+    backend: str | None = None
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 class _ExplanationError(Exception):
-    """Carries the text out of a call that :func:`explain` made."""
+    """Carries the explanation out of a call that :func:`explain` made."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        super().__init__()
+        self.explanation = explanation
 
 
 _explaining = 0
 """The thread that is in :func:`explain`, whose next op raises instead of computing; another thread's computes."""
 
 
-def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Say which backend would serve ``fn(*args, **kwargs)`` and why not the others, without computing it.
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend would serve ``fn(*args, **kwargs)``, with which kernels, and why not the others.
+
+    The call stops where the backend would compute, so nothing is computed but what ``fn`` does before that. Where
+    ``fn`` calls several ops of this library, it is about the first.
 
     Args:
-        fn: a function of :mod:`ltkernels.functional` or a loss module.
+        fn: a function of :mod:`ltkernels.functional`, a loss module, or anything that calls one.
         *args: its arguments; they are checked as in a call.
         **kwargs: its keyword arguments.
 
     Returns:
-        One line for each backend.
+        A string: the op and its first tensor, a line for each backend, fastest first, and what runs. Its attribute
+        ``backend`` is the name of the backend that serves the call.
 
     Raises:
         ValueError: ``fn`` calls no op of this library. Argument errors are raised as by ``fn``.
@@ -332,16 +406,25 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     Example:
         >>> import torch, ltkernels as ltk
         >>> with ltk.use_backend("reference"):
-        ...     text = ltk.explain(ltk.functional.cross_entropy, torch.zeros(2, 3), torch.tensor([0, 1]))
-        >>> text.splitlines()[-1]
-        '  reference  serves this call (asked for)'
+        ...     why = ltk.explain(ltk.functional.cross_entropy, torch.zeros(2, 3), torch.tensor([0, 1]))
+        >>> why  # doctest: +ELLIPSIS
+        cross_entropy on cpu, float32 (2, 3); backends, fastest first:
+          cuda       no: runs on cuda, the tensors are on cpu
+          triton     no: runs on cuda, the tensors are on cpu
+          cpu        ...
+          reference  serves this call (asked for)
+        what runs: PyTorch's own ops and autograd; ltkernels/reference
+        >>> why.backend
+        'reference'
     """
     global _explaining
     _explaining = get_ident()
     try:
         fn(*args, **kwargs)
-    except _ExplanationError as explanation:
-        return str(explanation)
+    except _ExplanationError as stopped:
+        return stopped.explanation
     finally:
         _explaining = 0
-    raise ValueError(f"fn: expected a function that calls an op of ltkernels, found {fn!r}")
+    raise ValueError(
+        f"fn: expected a function that calls an op of ltkernels, found {fn!r}, which ran to its end without one"
+    )

@@ -70,7 +70,7 @@ def collect_info() -> dict[str, Any]:
         * ``environment``: the ``LTK_*`` variables that are set.
 
     Raises:
-        ImportError: torch is not installed.
+        ImportError: torch is not installed, or cannot be imported.
         ValueError: ``LTK_BACKEND`` or ``LTK_CPU_ISA`` has an unknown value, or ``LTK_CPU_ISA`` one not to be had here.
         RuntimeError: ``LTK_BACKEND`` names a backend that this process cannot use.
 
@@ -79,7 +79,10 @@ def collect_info() -> dict[str, Any]:
         >>> collect_info()["backends"]["reference"] is None
         True
     """
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"torch cannot be imported ({error}); `pip install 'torch>=2.10'` brings one") from error
 
     from . import backends
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
+
+from torch import Tensor
+
+import ltkernels as ltk
 
 MANY_SHOT_ABOVE = 100
 FEW_SHOT_BELOW = 20
@@ -19,40 +22,21 @@ METRICS = {
 """Names and column titles."""
 
 
-def per_class_recall(predicted: NDArray[np.int64], labels: NDArray[np.int64], num_classes: int) -> NDArray[np.float64]:
-    """Share of each class's samples that were predicted right, ``(C,)``; NaN for a class without test samples."""
-    right = np.bincount(labels[predicted == labels], minlength=num_classes)
-    with np.errstate(invalid="ignore"):
-        return right / np.bincount(labels, minlength=num_classes)
-
-
-def summarize(
-    recall: NDArray[np.float64], labels: NDArray[np.int64], class_counts: NDArray[np.int64]
-) -> dict[str, float]:
+def summarize(predictions: Tensor, labels: Tensor, class_counts: Tensor) -> dict[str, Any]:
     """The six figures of a run, in [0, 1]; NaN for a group without classes in the test part.
 
-    Groups go by the *training* counts: many-shot above 100, few-shot below 20, medium between. A group's accuracy is
-    the mean recall of its classes. ``balanced`` is the mean over all classes, ``prior_weighted`` weights them by
-    training frequency: the accuracy to expect where rare classes stay rare. Classes without test samples are left out
-    of every mean.
+    What they are says ``ltkernels.metrics.shot_accuracy``: groups go by the *training* counts, and a group's accuracy
+    is the mean recall of its classes. Classes without test samples are left out of every mean.
 
     Args:
-        recall: ``(C,)``, from ``per_class_recall``.
+        predictions: logits ``(T, C)`` of the test part, or predicted labels ``(T,)``.
         labels: of the test part.
         class_counts: of the training part, ``(C,)``.
+
+    Returns:
+        The figures by their names in ``METRICS``, and ``recall``: the share of each class's samples that were predicted
+        right, NaN for a class without test samples.
     """
-    tested = ~np.isnan(recall)
-    test_counts = np.bincount(labels, minlength=len(recall))
-    many = class_counts > MANY_SHOT_ABOVE
-    few = class_counts < FEW_SHOT_BELOW
-    groups = {"balanced": np.ones_like(many), "many": many, "medium": ~many & ~few, "few": few}
-    means = {name: _mean(recall, group & tested) for name, group in groups.items()}
-    return {
-        "overall": float(np.average(recall[tested], weights=test_counts[tested])),
-        **means,
-        "prior_weighted": float(np.average(recall[tested], weights=class_counts[tested])),
-    }
-
-
-def _mean(values: NDArray[np.float64], chosen: NDArray[np.bool_]) -> float:
-    return float(values[chosen].mean()) if chosen.any() else float("nan")
+    correct, total = ltk.functional.accuracy_counts(predictions, labels, num_classes=len(class_counts))
+    figures = ltk.metrics.shot_accuracy(correct, total, class_counts, MANY_SHOT_ABOVE, FEW_SHOT_BELOW)
+    return {"recall": (correct.double() / total).tolist(), **{name: figures[name] for name in METRICS}}

@@ -49,10 +49,10 @@ def collect(data: LongTailData, results: Sequence[dict[str, Any]], methods: Sequ
         "methods": {
             method: {
                 "title": TITLES[method],
-                "accuracy": _accuracy([run["outcomes"][method] for run in runs]),
+                "accuracy": over_seeds([run["outcomes"][method] for run in runs]),
                 "recall": np.mean([run["outcomes"][method]["recall"] for run in runs], axis=0).tolist(),
                 "experts": [
-                    _accuracy([run["outcomes"][method]["experts"][place] for run in runs])
+                    over_seeds([run["outcomes"][method]["experts"][place] for run in runs])
                     for place in range(len(runs[0]["outcomes"][method].get("experts", [])))
                 ],
                 "time": None if method != trained_method(method) else _times(runs),
@@ -63,7 +63,8 @@ def collect(data: LongTailData, results: Sequence[dict[str, Any]], methods: Sequ
     }
 
 
-def _accuracy(seeds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+def over_seeds(seeds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean and spread of each metric over several seeds' figures, as ``longtail_metrics.summarize`` makes them."""
     values = {metric: [figures[metric] for figures in seeds] for metric in METRICS}
     return {
         metric: {"mean": float(np.mean(found)), "sd": float(np.std(found, ddof=1)) if len(found) > 1 else None}
@@ -92,12 +93,7 @@ def print_tables(console: Console, summary: dict[str, Any]) -> None:
     """Accuracy by method, then what the loss costs; both fit in 80 columns."""
     methods = summary["methods"].values()
     seeds = len({run["settings"]["seed"] for run in summary["runs"]})
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so no spread"
-    accuracy = _table(f"Accuracy in % on the {summary['data']['evaluated_on']}: {spread}", METRICS.values())
-    best = {metric: max(_percent(method, metric) for method in methods) for metric in METRICS}
-    for method in methods:
-        accuracy.add_row(method["title"], *(_cell(method["accuracy"], metric, best[metric]) for metric in METRICS))
-    console.print(accuracy)
+    console.print(accuracy_table(methods, summary["data"]["evaluated_on"], seeds))
 
     experts = _table("Each expert alone", METRICS.values())
     for method in methods:
@@ -123,6 +119,17 @@ def print_tables(console: Console, summary: dict[str, Any]) -> None:
             )
     if time.row_count:
         console.print(time)
+
+
+def accuracy_table(methods: Iterable[dict[str, Any]], evaluated_on: str, seeds: int) -> Table:
+    """A row for each method, which has a title and its accuracy as of ``over_seeds``; the best of a column is bold."""
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so no spread"
+    table = _table(f"Accuracy in % on the {evaluated_on}: {spread}", METRICS.values())
+    methods = list(methods)
+    best = {metric: max(_percent(method, metric) for method in methods) for metric in METRICS}
+    for method in methods:
+        table.add_row(method["title"], *(_cell(method["accuracy"], metric, best[metric]) for metric in METRICS))
+    return table
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:

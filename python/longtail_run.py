@@ -231,12 +231,12 @@ class Run:
         predicted = self.method.predict(self.loss, logits)
         counts = self.class_counts.numpy()
         outcomes = {
-            name: self._figures(adjusted)
+            name: self.figures(adjusted)
             for name, adjusted in evaluations(self.settings.method, predicted, self.class_counts).items()
         }
         if self.method.each is not None:
             experts = self.method.each(self.loss, logits)
-            outcomes[self.settings.method]["experts"] = [self._figures(expert) for expert in experts]
+            outcomes[self.settings.method]["experts"] = [self.figures(expert) for expert in experts]
         backend = self.settings.backend or ltk.available_backends("cpu")[0]
         return {
             "settings": asdict(self.settings),
@@ -253,8 +253,7 @@ class Run:
             },
         }
 
-    def _figures(self, logits: Tensor) -> dict[str, Any]:
+    def figures(self, logits: Tensor) -> dict[str, Any]:
         """How good the test part's logits are: recall by class, and its means."""
-        labels = self.data.labels[self.test.numpy()]
-        recall = longtail_metrics.per_class_recall(logits.argmax(1).numpy(), labels, self.data.num_classes)
-        return {"recall": recall.tolist(), **longtail_metrics.summarize(recall, labels, self.class_counts.numpy())}
+        labels = torch.from_numpy(self.data.labels[self.test.numpy()])
+        return longtail_metrics.summarize(logits, labels, self.class_counts)

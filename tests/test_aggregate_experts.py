@@ -212,11 +212,12 @@ def test_weights_of_any_type_and_strides(form: Form) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_gradient_may_replace_the_logits(form: Form, layout: str) -> None:
     implementation = next(row for row in op.OP.table.rows if row.backend == form.backend)
-    for classes in (5, 300):
+    for classes, kind in ((5, "class"), (300, "expert"), (300, "class")):
         for mode in range(3):
             z = LAYOUTS[layout](logits(2, 4, classes, dtype=torch.float32).to(form.device))
-            weight, grad = torch.rand(2, device=form.device), torch.randn(4, classes, device=form.device)
-            call = (z, weight, *AggregateExpertsOptions(mode, ExpertWeights.EXPERT))
+            weight = weights_of(2, 4, classes)[kind].float().to(form.device)
+            grad = torch.randn(4, classes, device=form.device)
+            call = (z, weight, *AggregateExpertsOptions(mode, ExpertWeights[kind.upper()]))
             with form.use():
                 _, state, _ = implementation.forward(*call, False)
                 beside = implementation.backward(grad, state, *call, True, True, False)

@@ -4,8 +4,12 @@ library.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
+import pickle
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -38,9 +42,9 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def serves() -> str:
     """The backend that a plain call takes now."""
-    lines = ltk.explain(cross_entropy, *batch()).splitlines()
-    (line,) = (line for line in lines if "serves this call" in line)
-    return line.split()[0]
+    backend = ltk.explain(cross_entropy, *batch()).backend
+    assert backend is not None
+    return backend
 
 
 @pytest.fixture
@@ -182,24 +186,57 @@ def test_the_backward_belongs_to_the_backend_of_the_forward(monkeypatch: pytest.
 
 
 @needs_cpu
-def test_explain() -> None:
+def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     x, y = batch()
     text = ltk.explain(cross_entropy, x, y, label_smoothing=0.1)
     assert text.splitlines() == [
-        "cross_entropy on cpu:",
+        "cross_entropy on cpu, float32 (4, 7); backends, fastest first:",
         "  cuda       no: runs on cuda, the tensors are on cpu",
         "  triton     no: runs on cuda, the tensors are on cpu",
         "  cpu        serves this call",
         "  reference  could serve this call",
+        f"what runs: C++ for {backends.cpu_instruction_set()} on up to 3 threads; csrc/cpu/kernels_cross_entropy.cpp",
     ]
+    assert (text.op, text.backend) == ("cross_entropy", "cpu")
+    assert repr(text) == text and repr([text]) == f"[{text}]"  # a prompt shows lines, not one line with \\n in it
+    restored = pickle.loads(pickle.dumps(text))
+    assert (restored, restored.backend) == (text, "cpu")
     with ltk.use_backend("reference"):
-        assert "reference  serves this call (asked for)" in ltk.explain(cross_entropy, x, y)
+        text = ltk.explain(cross_entropy, x, y)
+    assert "reference  serves this call (asked for)" in text and text.backend == "reference"
+    assert text.endswith("what runs: PyTorch's own ops and autograd; ltkernels/reference")
     weight = torch.ones(7, requires_grad=True)
     text = ltk.explain(cross_entropy, x, y, weight)
     assert "cpu        no: target, weight, class_margin or sample_weight requires a gradient" in text
     assert "reference  serves this call" in text
     with ltk.use_backend("cpu"):
-        assert ltk.explain(cross_entropy, x, y, weight).endswith("backend 'cpu' was asked for: the call would raise")
+        text = ltk.explain(cross_entropy, x, y, weight)
+    assert text.endswith("backend 'cpu' was asked for: the call would raise") and text.backend is None
+
+
+@needs_cpu
+def test_explain_follows_threads_and_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    before = backends.cpu_instruction_set()
+    try:
+        backends.cpu_instruction_set("portable")
+        text = ltk.explain(cross_entropy, *batch())
+    finally:
+        backends.cpu_instruction_set(before)
+    assert "what runs: C++ for portable on 1 thread; csrc/cpu/kernels_cross_entropy.cpp" in text
+
+
+def test_explain_names_files_that_are_there() -> None:
+    """Of every op in every backend that has it: all tables, whatever op is added."""
+    for module in pkgutil.iter_modules([str(PACKAGE / "ops")]):
+        importlib.import_module(f"ltkernels.ops.{module.name}")
+    tables = [table for table in gc.get_objects() if type(table) is backends.Table and table.rows]
+    assert {table.op for table in tables} >= {"cross_entropy", "lade", "expert_linear", "sample_indices"}
+    for table in tables:
+        for row in table.rows:
+            _, _, pattern = table._kernels_of(row).rpartition("; ")
+            assert list(PACKAGE.parent.glob(pattern)), (table.op, row.backend, pattern)
 
 
 def test_a_preference_decides_between_gpu_backends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +257,11 @@ def test_a_preference_decides_between_gpu_backends(monkeypatch: pytest.MonkeyPat
 def test_explain_modules() -> None:
     x, y = batch()
     for criterion in (ltk.losses.CrossEntropyLoss(), ltk.losses.LDAMLoss([9, 7, 5, 3, 2, 1, 1])):
-        assert "cpu        serves this call" in ltk.explain(criterion, x, y)
+        assert ltk.explain(criterion, x, y).backend == "cpu"
+    assert ltk.explain(ltk.losses.SeesawLoss(7), x, y).op == "row_cross_entropy"
+    assert ltk.explain(ltk.losses.RIDELoss([9, 7, 5, 3, 2, 1, 1]), torch.randn(3, 4, 7), y).op == "expert_cross_entropy"
+    compiled = torch.compile(lambda logits: cross_entropy(logits, y), backend="eager")
+    assert ltk.explain(compiled, x).backend == "cpu"
     head = torch.nn.Sequential(torch.nn.Linear(3, 7))
     assert "cpu        serves" in ltk.explain(lambda f: ltk.losses.FocalLoss()(head(f), y), torch.randn(4, 3))
 

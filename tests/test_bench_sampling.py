@@ -129,8 +129,8 @@ def test_command_line_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "expected one of balanced, square_root, shuffle, class_index, epoch, found 'ce'",
         ),
         ("--variant balanced", "expected one of ce, ce_weight_smoothing"),
-        ("--op sampling --device cuda", "measured on the CPU and not plotted"),
-        ("--op sampling --plot x.svg", "measured on the CPU and not plotted"),
+        ("--op sampling --device cuda", "--op sampling: measured on the CPU"),
+        ("--op sampling --plot x.gif", "expected a name that ends in .png, .svg, .pdf, found 'x.gif'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

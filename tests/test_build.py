@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,40 @@ def driver() -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def test_torch_is_found_where_pip_would_install_to(
+    driver: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip builds in isolation, with the environment's own packages off the path; nothing of torch is imported."""
+    installed, asked_for = tmp_path / "site-packages", tmp_path / "overlay"
+    for folder, version in ((installed, "2.12.1"), (asked_for, "2.13.0+cpu")):
+        (folder / "torch").mkdir(parents=True)
+        (folder / "torch/__init__.py").write_text("raise RuntimeError('the build imported torch')")
+        (folder / "torch/version.py").write_text(
+            f"from typing import Optional\n__version__ = '{version}'\ndebug = False\n"
+        )
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(driver.site, "ENABLE_USER_SITE", False)
+    monkeypatch.setattr(driver.site, "getsitepackages", lambda: [str(tmp_path)])
+    assert driver.torch_directory() is None
+    monkeypatch.setattr(driver, "compiler", lambda: ["c++"])
+    assert "install it first" in driver.obstacles()[driver.OP_LIBRARY]
+
+    monkeypatch.setattr(driver.site, "getsitepackages", lambda: [str(installed)])
+    assert driver.torch_directory() == installed / "torch"
+    assert driver.torch_version(installed / "torch") == "2.12.1"
+    assert driver.OP_LIBRARY not in driver.obstacles()
+    sys.path.append(str(asked_for))  # an environment that was made for the build goes first
+    assert driver.torch_directory() == asked_for / "torch"
+    assert driver.torch_version(asked_for / "torch") == "2.13.0+cpu"
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_compiled_parts_are_for_linux(driver: ModuleType, monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert set(driver.obstacles()) == set(driver.FOLDERS)
+    assert set(driver.obstacles().values()) == {"compiled parts are built on Linux only"}
 
 
 TOY = {
@@ -51,7 +86,7 @@ def toy(tmp_path: Path, driver: ModuleType) -> Path:
 
 def make(driver: ModuleType, root: Path, capfd: pytest.CaptureFixture[str], *flags: str) -> list[str]:
     """Builds the toy library; the objects that were compiled for it."""
-    units = driver.op_library_units(root, root / "torch")
+    units = driver.op_library_units(root, Path("torch"))
     driver.build(units, root / "toy.so", flags, driver.compiler(), root)
     return re.findall(r"-> build/cpu/(\S+)\.o", capfd.readouterr().out)
 
@@ -87,6 +122,16 @@ def test_rebuild_compiles_what_changed_and_no_more(
     assert make(driver, toy, capfd) == ["baseline/cpu_toy"]
 
 
+def test_a_copy_of_the_tree_compiles_nothing_again(
+    driver: ModuleType, toy: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """tests/test_wheel.py counts on that, and so does whoever moves a checkout."""
+    time.sleep(0.01)  # the sources are older than the objects
+    assert make(driver, toy, capfd) != []
+    shutil.copytree(toy, toy / "copy")
+    assert make(driver, toy / "copy", capfd) == []
+
+
 def test_failed_build_raises_and_leaves_the_library_alone(
     driver: ModuleType, toy: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,7 +158,8 @@ def test_missing_compiler_is_named(driver: ModuleType, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("found", "accepted"), [("2.9.1", False), ("2.10.0+cu130", True), ("3.0.0a0", True)])
 def test_old_torch_is_named(driver: ModuleType, monkeypatch: pytest.MonkeyPatch, found: str, accepted: bool) -> None:
-    monkeypatch.setattr(driver, "version", lambda name: found)
+    monkeypatch.setattr(driver, "torch_version", lambda torch: found)
+    monkeypatch.setattr(driver, "torch_directory", lambda: Path("torch"))
     monkeypatch.setattr(driver, "compiler", lambda: ["c++"])
     reason = driver.obstacles().get(driver.OP_LIBRARY)
     assert reason == (None if accepted else f"torch >= 2.10 needed, found {found}")
@@ -167,7 +213,7 @@ def test_toolkit_lies_where_nvcc_says(driver: ModuleType, toolkit: Path, monkeyp
 def test_missing_nvcc_leaves_out_the_cuda_library_alone(
     driver: ModuleType, toolkit: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "version", lambda name: "2.10.0")
+    monkeypatch.setattr(driver, "torch_version", lambda torch: "2.10.0")
     monkeypatch.setattr(driver, "compiler", lambda: ["c++"])
     monkeypatch.setattr(driver, "torch_directory", lambda: Path("torch"))
     assert driver.CUDA_LIBRARY not in driver.obstacles()
@@ -288,6 +334,18 @@ def test_library_asks_torch_only_for_its_stable_c_interface(library: Path) -> No
     assert from_torch, "a library that asks torch for nothing registers nothing"
     assert [name for name in from_torch if not name.startswith(("aoti_torch_", "torch_"))] == []
     assert [name for name in strong if re.match(r"_ZN?K?(2at|3c10|5torch)", name)] == []
+
+
+@pytest.mark.parametrize("which", ["library", "cuda_library"])
+def test_the_oldest_supported_torch_has_all_that_is_asked_for(which: str, request: pytest.FixtureRequest) -> None:
+    """A function that is newer than that stops an older torch from loading the library. The list is of a torch without
+    CUDA, which has no stream."""
+    listed = (ROOT / "tests/data/torch_2.10_symbols.txt").read_text().splitlines()
+    offered = {line for line in listed if not line.startswith("#")} | {"aoti_torch_get_current_cuda_stream"}
+    undefined = symbols(request.getfixturevalue(which), "--undefined-only")
+    asked_for = {name for name, kind in undefined.items() if kind == "U" and "@" not in name}
+    assert asked_for - offered == set()
+    assert len(asked_for) > 20  # that of a library which registers operators and takes tensors apart
 
 
 def test_library_finds_torch_where_it_is_loaded(library: Path) -> None:

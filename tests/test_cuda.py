@@ -23,11 +23,19 @@ VALUES = tuple(
 )
 KERNELS = ("tests/test_gpu_kernels.py", "tests/test_sampling_gpu.py")
 LADE = ("tests/test_lade.py",)
+COUNTS = ("tests/test_accuracy_counts.py",)
 ROWS = ("tests/test_row_cross_entropy.py", "tests/test_row_cross_entropy_autograd.py")
 BINARY = ("tests/test_binary_cross_entropy.py",)
 DISTILLATION = ("tests/test_distillation.py",)
-EXPERTS = tuple(
-    f"tests/test_{name}.py" for op in ("expert_cross_entropy", "aggregate_experts") for name in (op, f"{op}_autograd")
+EXPERTS = (
+    *(f"tests/test_expert_cross_entropy{part}.py" for part in ("", "_autograd", "_errors")),
+    *(f"tests/test_aggregate_experts{part}.py" for part in ("", "_autograd")),
+    "tests/test_expert_linear.py",
+)
+LINEAR = (
+    "tests/test_linear_cross_entropy.py",
+    "tests/test_linear_cross_entropy_autograd.py",
+    "tests/test_class_shards.py",
 )
 
 
@@ -53,10 +61,12 @@ def library() -> Path:
         (9, KERNELS, 400),
         (8, KERNELS, 400),
         (9, LADE, 90),
+        (9, COUNTS, 60),
         (9, BINARY, 60),
         (9, DISTILLATION, 55),
         (9, EXPERTS, 130),
         (9, ROWS, 400),
+        (9, LINEAR, 250),
     ],
 )
 def test_emulated(library: Path, major: int, files: tuple[str, ...], least: int) -> None:

@@ -25,8 +25,13 @@ def _sampler(strategy: str = "class_balanced", **options: Any) -> LongTailSample
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_samples_of_the_sampler_epoch_after_epoch(strategy: str) -> None:
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_the_samples_of_the_sampler_epoch_after_epoch(strategy: str, as_on_a_gpu: bool) -> None:
     batches, sampler = DeviceBatches(_sampler(strategy), DATA, LABELS, batch_size=16), _sampler(strategy)
+    assert batches._position == batches._epoch == 0
+    if as_on_a_gpu:  # where they are tensors
+        batches._position, batches._epoch = torch.tensor(0), torch.tensor(0)
+        batches.load_state_dict(sampler.state_dict())
     assert len(batches) == len(sampler) // 16
     for _ in range(3):
         expected = list(sampler)

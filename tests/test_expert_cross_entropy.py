@@ -412,6 +412,46 @@ def test_what_has_no_weight_adds_nothing(form: Form) -> None:
 
 
 @each_form
+def test_an_expert_that_knows_no_class(form: Form) -> None:
+    """Its softmax is over nothing, 0 / 0, but it has no weight: the call is that with any other biases of this expert.
+
+    300 classes are a long row of the CPU kernels and several vectors for each thread of the GPU's.
+    """
+    for classes in (5, 300):
+        z, y = logits(2, 6, classes, dtype=torch.float32), labels(6, classes)
+        bias, weight = torch.zeros(2, classes), torch.ones(2, classes)
+        bias[0], weight[0] = -math.inf, 0.0
+        for name in ("plain", "ride", "all"):
+            options = options_of(2, 6, classes)[name] | {"weight": weight, "class_bias": bias}
+            for reduction in ("mean", "sum", "none"):
+                others = options | {"class_bias": torch.zeros(2, classes)}
+                truth = evaluate(None, z, y, reduction=reduction, **others)
+                given = converted(options, form, z.dtype)
+                assert_near(evaluate(form, z, y, reduction=reduction, **given), truth, z.dtype)
+
+
+@each_form
+def test_no_class_is_left(form: Form) -> None:
+    """By a sample's logits: NaN, as in plain PyTorch, and nothing at all for a sample or an expert without weight."""
+    z, y, r = logits(2, 3, 5, dtype=torch.float32), torch.tensor([0, 1, 2]), torch.tensor([1.0, 0.0, 1.0])
+    z[0, 1] = -math.inf
+    assert evaluate(form, z, y, reduction="none")[0].isnan().tolist() == [False, True, False]
+    weight = torch.tensor([[0.0] * 5, [1.0] * 5])
+    x = z.clone().to(form.device).requires_grad_()
+    for options, counted in (({"sample_weight": r}, r.expand(2, 3)), ({"weight": weight}, weight[:, :3])):
+        truth = torch.stack([F.cross_entropy(one, y, reduction="none") for one in z])
+        truth = torch.where(counted == 0, 0.0, truth).sum(0)
+        with form.use():
+            rows = expert_cross_entropy(x, y.to(form.device), reduction="none", **converted(options, form, z.dtype))
+            first, again = (torch.autograd.grad(rows.sum(), x, retain_graph=True)[0].cpu() for _ in range(2))
+        torch.testing.assert_close(rows.detach().cpu(), truth, rtol=1e-6, atol=1e-6)
+        assert torch.equal(first, again) and float(first[counted == 0].abs().sum()) == 0.0
+    z[0, 1, 3] = math.nan  # which no weight takes out
+    rows, _ = evaluate(form, z, y, reduction="none", **converted({"sample_weight": r}, form, z.dtype))
+    assert rows.isnan().tolist() == [False, True, False]
+
+
+@each_form
 @pytest.mark.parametrize("name", NAMES)
 def test_masked_logits(form: Form, name: str) -> None:
     """-inf is no part of a softmax: of all experts a class that is not there, of one its own matter."""

@@ -2,7 +2,7 @@
 
 The wheel is built from the sdist and the sdist from a copy of the tree, so a file that is missing from either shows up
 here. It is built where no compiler can be found and importing torch is an error: that path has to work, and costs
-seconds. What the compiler makes is the subject of test_build.py.
+seconds. What the compiler makes is the subject of test_build.py, the wheel that has it in it of test_wheel.py.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
+import installs
 import pytest
 from packaging.requirements import Requirement
 
 import ltkernels
 
-ROOT = Path(__file__).resolve().parents[1]
-LEFT_BEHIND = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so", "results", "runs")
+ROOT = installs.ROOT
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> str:
@@ -41,37 +39,25 @@ def python(*arguments: str, cwd: Path, **environment: str) -> str:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked sdist of a copy of the tree."""
     folder = tmp_path_factory.mktemp("sdist")
-    shutil.copytree(ROOT, folder / "tree", ignore=LEFT_BEHIND)
-    python("-c", "from setuptools import build_meta; build_meta.build_sdist('..')", cwd=folder / "tree")
-    (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    (unpacked,) = folder.glob("ltkernels-*/")
-    return unpacked
+    return installs.unpack(installs.make_sdist(folder), folder)
 
 
 @pytest.fixture(scope="module")
-def pure(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
-    """File name, unpacked folder and build log of the wheel that the sdist gives where there is no compiler."""
+def pure(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """The wheel that the sdist gives where there is no compiler, its folder when unpacked, and the build's log."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "trap/torch").mkdir(parents=True)
     (folder / "trap/torch/__init__.py").write_text("raise RuntimeError('the build imported torch')")
     (folder / "bin").mkdir()
-    command = "from setuptools import build_meta; import sys; build_meta.build_wheel(sys.argv[1])"
-    environment = {k: v for k, v in os.environ.items() if k != "CXX"}
-    environment |= {"PATH": str(folder / "bin"), "PYTHONPATH": str(folder / "trap")}
-    run = subprocess.run(
-        [sys.executable, "-c", command, str(folder)], cwd=sdist, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    (wheel,) = folder.glob("*.whl")
+    environment = {"PATH": str(folder / "bin"), "PYTHONPATH": str(folder / "trap"), "CXX": ""}
+    wheel, said = installs.make_wheel(sdist, folder, **environment)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "installed")  # all that installing a pure wheel does, its console script apart
-    return wheel.name, folder / "installed", run.stderr
+    return wheel, folder / "installed", said
 
 
 @pytest.fixture(scope="module")
-def metadata(pure: tuple[str, Path, str]) -> Message:
+def metadata(pure: tuple[Path, Path, str]) -> Message:
     (path,) = pure[1].glob("*.dist-info/METADATA")
     return Parser().parsestr(path.read_text())
 
@@ -85,9 +71,9 @@ def test_sdist_holds_the_sources(sdist: Path) -> None:
     assert not list(sdist.rglob("*.so"))
 
 
-def test_wheel_without_compiler_is_pure_and_says_why(pure: tuple[str, Path, str]) -> None:
-    name, installed, log = pure
-    assert name == f"ltkernels-{ltkernels.__version__}-py3-none-any.whl"
+def test_wheel_without_compiler_is_pure_and_says_why(pure: tuple[Path, Path, str]) -> None:
+    wheel, installed, log = pure
+    assert wheel.name == f"ltkernels-{ltkernels.__version__}-py3-none-any.whl"
     for part in ("ltkernels.lib.libltkernels_cpu", "ltkernels._host"):
         assert f"{part} is left out: no C++ compiler found (looked for g++ or c++)" in log
     expected = {path.relative_to(ROOT) for path in ROOT.glob("ltkernels/**/*.py")} | {Path("ltkernels/py.typed")}
@@ -96,7 +82,7 @@ def test_wheel_without_compiler_is_pure_and_says_why(pure: tuple[str, Path, str]
 
 
 def test_pure_install_computes_on_the_reference_backend_and_says_so_once(
-    pure: tuple[str, Path, str], tmp_path: Path
+    pure: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
     program = """
 import json, sys, warnings
@@ -117,6 +103,53 @@ print(json.dumps([ltk.__file__, ltk.available_backends("cpu"), losses, [str(w.me
     assert "without a C++ compiler" in info["backends"]["cpu"]
 
 
+def test_pure_install_works_where_the_source_tree_is_not(pure: tuple[Path, Path, str], tmp_path: Path) -> None:
+    python = installs.fresh_environment(tmp_path / "environment")
+    installs.install(python, "--no-index", pure[0])
+    said = installs.run(python, installs.SMOKE, "--pure", cwd=tmp_path)
+    assert said.splitlines()[1].split() == ["ok", "backend:", "reference"]
+
+
+def test_without_torch_the_command_says_what_to_do(pure: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """`pip install --no-deps` leaves such an installation. Without its site folders, Python finds no torch."""
+    run = subprocess.run(
+        [sys.executable, "-S", "-m", "ltkernels", "info"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(pure[1])},
+        capture_output=True,
+        text=True,
+    )
+    message = "ltkernels: torch cannot be imported (No module named 'torch'); `pip install 'torch>=2.10'` brings one\n"
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", message)
+
+
+@pytest.mark.parametrize(
+    ("pretend", "reason"),
+    [
+        (
+            "torch.__version__ = torch.torch_version.TorchVersion('2.9.1')",
+            "torch 2.10 or later needed, found 2.9.1; `pip",
+        ),
+        (
+            "backends._LIBRARY = backends.Path('nowhere')",
+            "nowhere was not built: ltkernels was installed without a C++",
+        ),
+        (
+            "sys.platform, backends._LIBRARY = 'darwin', backends.Path('nowhere')",
+            "the compiled backends are for Linux only",
+        ),
+    ],
+    ids=["old torch", "nothing compiled", "macOS"],
+)
+def test_missing_backend_says_what_to_do(pretend: str, reason: str, tmp_path: Path) -> None:
+    """The torch is this one all the same: what an older one lacks shows when the library is loaded, less readably."""
+    library = ROOT / "ltkernels/lib/libltkernels_cpu.so"
+    if not library.exists():
+        pytest.skip("not built: run python setup.py build_ext --inplace")
+    program = f"import sys, torch; from ltkernels import backends; {pretend}; print(backends.status()['cpu'])"
+    assert reason in python("-c", program, cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
 def test_metadata(metadata: Message) -> None:
     assert metadata["Name"] == "ltkernels"
     assert metadata["Version"] == ltkernels.__version__
@@ -127,7 +160,7 @@ def test_metadata(metadata: Message) -> None:
     assert {str(requirement) for requirement in always} == {"torch>=2.10", "numpy", "typing_extensions>=4.10"}
 
 
-def test_console_script(pure: tuple[str, Path, str]) -> None:
+def test_console_script(pure: tuple[Path, Path, str]) -> None:
     (path,) = pure[1].glob("*.dist-info/entry_points.txt")
     assert path.read_text().split() == ["[console_scripts]", "ltkernels", "=", "ltkernels.cli:main"]
 

@@ -153,10 +153,9 @@ def test_metrics_agree_with_scikit_learn() -> None:
     predicted = np.where(rng.random(312) < 0.6, labels, rng.integers(0, 12, 312))
     # Both cuts of the groups: 100 and 20 are medium.
     counts = np.array([5000, 101, 100, 99, 50, 21, 20, 19, 10, 4, 2, 1])
-    recall = longtail_metrics.per_class_recall(predicted, labels, 12)
-    figures = longtail_metrics.summarize(recall, labels, counts)
+    figures = longtail_metrics.summarize(*map(torch.from_numpy, (predicted, labels, counts)))
 
-    np.testing.assert_allclose(recall, sklearn_metrics.recall_score(labels, predicted, average=None))
+    np.testing.assert_allclose(figures["recall"], sklearn_metrics.recall_score(labels, predicted, average=None))
     assert figures["overall"] == pytest.approx(sklearn_metrics.accuracy_score(labels, predicted))
     assert figures["balanced"] == pytest.approx(sklearn_metrics.balanced_accuracy_score(labels, predicted))
     for group, classes in {"many": range(0, 2), "medium": range(2, 7), "few": range(7, 12)}.items():
@@ -168,10 +167,9 @@ def test_metrics_agree_with_scikit_learn() -> None:
 
 
 def test_classes_without_test_samples_are_left_out() -> None:
-    labels, predicted = np.array([0, 0, 2]), np.array([0, 1, 2])
-    recall = longtail_metrics.per_class_recall(predicted, labels, 4)
-    np.testing.assert_array_equal(recall, [0.5, np.nan, 1.0, np.nan])
-    figures = longtail_metrics.summarize(recall, labels, np.array([300, 200, 100, 1]))
+    labels, predicted = torch.tensor([0, 0, 2]), torch.tensor([0, 1, 2])
+    figures = longtail_metrics.summarize(predicted, labels, torch.tensor([300, 200, 100, 1]))
+    np.testing.assert_array_equal(figures["recall"], [0.5, np.nan, 1.0, np.nan])
     assert figures["balanced"] == 0.75 and figures["many"] == 0.5 and figures["medium"] == 1.0
     assert figures["prior_weighted"] == pytest.approx((300 * 0.5 + 100 * 1.0) / 400)
     assert np.isnan(figures["few"])

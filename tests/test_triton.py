@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ltkernels.ops.options import Reduction
+from ltkernels.triton import accuracy_counts as triton_accuracy_counts
 from ltkernels.triton import aggregate_experts as triton_aggregate_experts
 from ltkernels.triton import cross_entropy as triton_cross_entropy
 from ltkernels.triton import distillation as triton_distillation
@@ -37,16 +38,25 @@ SHARED = (
 )
 
 
-def _interpret(*arguments: str) -> None:
+def _run(plugin: str, *arguments: str, **environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "triton_worker", "-p", "no:cacheprovider", "-q", "-x", *arguments],
+        [sys.executable, "-m", "pytest", "-p", plugin, "-p", "no:cacheprovider", "-q", "-x", *arguments],
         cwd=HERE,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]
+
+
+def _interpret(*arguments: str) -> None:
+    _run("triton_worker", *arguments, TRITON_INTERPRET="1")
+
+
+def test_every_set_of_options_is_translated(tmp_path: Path) -> None:
+    """To Triton's IR: the interpreter knows no types, and `make codecheck` compiles a few of the sets."""
+    _run("triton_compiler", "triton_compiler_cases.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_the_kernels_where_they_change_their_path() -> None:
@@ -61,6 +71,11 @@ def test_the_kernels_pass_tests_of_all_backends() -> None:
 
 def test_sampling() -> None:
     _interpret("test_sampling_gpu.py", "-k", "triton")
+
+
+def test_accuracy_counts() -> None:
+    long = "(values and (float64 or float16 or 255 or 257 or 1029)) or (integer_types and uint)"
+    _interpret("test_accuracy_counts.py", "-k", f"triton and not ({long})")
 
 
 def test_lade() -> None:
@@ -81,12 +96,18 @@ def test_distillation() -> None:
 
 def test_aggregate_experts() -> None:
     long = "(values and (1029 or 100 or 17 or float)) or layouts or (best_classes and (1029 or bfloat16))"
-    _interpret("test_aggregate_experts.py", "-k", f"triton and not ({long})")
+    _interpret("test_aggregate_experts.py", "test_expert_linear.py", "-k", f"triton and not ({long})")
 
 
 def test_expert_cross_entropy() -> None:
     long = "(values and (1029 or 100 or float16 or 17)) or (layouts and (padded or samples))"
-    _interpret("test_expert_cross_entropy.py", "-k", f"triton and not ({long})")
+    files = (f"test_expert_cross_entropy{part}.py" for part in ("", "_autograd", "_errors"))
+    _interpret(*files, "-k", f"triton and not ({long})")
+
+
+def test_linear_cross_entropy() -> None:
+    chosen = "(plain or all or gate) and not (half or single)"
+    _interpret("test_linear_cross_entropy.py", "test_class_shards.py", "-k", f"triton and {chosen}")
 
 
 def test_row_cross_entropy() -> None:
@@ -245,6 +266,7 @@ def test_programs_share_tiles_evenly() -> None:
 
 def test_every_variant_has_a_name_of_its_own() -> None:
     for module in (
+        triton_accuracy_counts,
         triton_cross_entropy,
         triton_sampling,
         triton_lade,

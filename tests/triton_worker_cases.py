@@ -29,8 +29,10 @@ from test_cross_entropy_values import ARGUMENT_SETS
 import ltkernels as ltk
 from ltkernels.ops import gpu
 from ltkernels.triton import cross_entropy as triton_cross_entropy
-from ltkernels.triton import cross_entropy_kernels, lade_kernels, sums, tiles
+from ltkernels.triton import cross_entropy_kernels, lade_kernels, row_cross_entropy_labels, sums, tiles
+from ltkernels.triton import distillation as triton_distillation
 from ltkernels.triton import lade as triton_lade
+from ltkernels.triton import row_cross_entropy as triton_row_cross_entropy
 
 FORM = Form("triton")
 _LOGITS = 512
@@ -123,13 +125,18 @@ def test_long_rows_that_hold_infinities() -> None:
         torch.testing.assert_close(loss[rows].double(), expected[rows], rtol=1e-6, atol=1e-6)
 
 
-def test_the_other_order_of_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Triton before 3.7 gets, or since."""
+@pytest.fixture(params=(0, 1))
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The order of a tile's dimensions: what Triton before 3.7 gets, and since."""
     import triton.language as tl
 
-    other = tl.constexpr(1 - tiles.ROW_AXIS.value)
-    for module in (tiles, sums, cross_entropy_kernels):
-        monkeypatch.setattr(module, "ROW_AXIS", other)
+    for module in (tiles, sums, lade_kernels):
+        monkeypatch.setattr(module, "ROW_AXIS", tl.constexpr(request.param))
+    return int(request.param)
+
+
+@pytest.mark.usefixtures("order")
+def test_either_order_of_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "LOGITS", _LOGITS)
     for name in ARGUMENT_SETS:
         seed(3)
@@ -140,16 +147,13 @@ def test_the_other_order_of_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
             check(Case(torch.randn(4, classes), target, arguments, learnable=learnable), FORM)
 
 
-@pytest.mark.parametrize("order", (0, 1))
 @pytest.mark.usefixtures("small_tiles")
 def test_lade_in_many_tiles(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several chunks, chunks of several splits, more splits than are joined at a time; either order."""
     import test_lade
     import triton.language as tl
 
-    for module in (tiles, lade_kernels):
-        monkeypatch.setattr(module, "ROW_AXIS", tl.constexpr(order))
-    monkeypatch.setattr(lade_kernels, "_SUMS", tl.constexpr(2))
+    monkeypatch.setattr(sums, "_NUMBERS", tl.constexpr(2))
     monkeypatch.setattr(lade_kernels, "FINISHED", tl.constexpr(4))
     monkeypatch.setattr(triton_lade, "multiprocessors", lambda device: 4)
     for shape in ((75, 13), (6, 600), (3, 19, 33)):
@@ -158,6 +162,42 @@ def test_lade_in_many_tiles(order: int, monkeypatch: pytest.MonkeyPatch) -> None
             y = labels((shape[0], *shape[2:]), shape[1], ignored=-100)
             y.view(-1)[0] = 0
             test_lade.check(torch.randn(shape), y, test_lade.arguments(kind, shape[1]), FORM)
+    assert int(gpu.tickets(CPU).abs().sum()) == 0, "a kernel did not put its tickets back"
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_distillation_in_many_tiles(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several chunks and rows of several programs, of which there are more than are added at a time."""
+    import test_distillation
+    import triton.language as tl
+
+    monkeypatch.setattr(sums, "_PARTIALS", tl.constexpr(2))
+    monkeypatch.setattr(triton_distillation, "_LOGITS", _LOGITS // 2)
+    monkeypatch.setattr(triton_distillation, "multiprocessors", lambda device: 4)
+    for shape in ((53, 13), (3, 600), (3, 19, 17)):
+        seed(order)
+        z, t = (test_distillation.logits(*shape, dtype=torch.float32) for _ in range(2))
+        for options in test_distillation.options_of(shape[1], (shape[0], *shape[2:]), torch.float32).values():
+            actual = test_distillation.evaluate(FORM, z, t, **options)
+            test_distillation.assert_near(actual, test_distillation.evaluate(None, z, t, **options), torch.float32)
+    assert int(gpu.tickets(CPU).abs().sum()) == 0, "a kernel did not put its tickets back"
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_row_cross_entropy_in_many_tiles(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, with programs that finish their rows in several steps."""
+    import row_cross_entropy_cases
+    import triton.language as tl
+
+    monkeypatch.setattr(sums, "_PARTIALS", tl.constexpr(2))
+    monkeypatch.setattr(row_cross_entropy_labels, "FINISHED", tl.constexpr(4))
+    monkeypatch.setattr(triton_row_cross_entropy, "_LOGITS", _LOGITS // 4)
+    monkeypatch.setattr(triton_row_cross_entropy, "multiprocessors", lambda device: 1)
+    for name in ("two labels with all", "gate of two labels", "seesaw", "off target, absent class", "equalization"):
+        for rows, classes in ((23, 13), (3, 300)):
+            seed(order)
+            call = row_cross_entropy_cases.CALLS[name](rows, classes, torch.float32)
+            row_cross_entropy_cases.check(call, FORM)
     assert int(gpu.tickets(CPU).abs().sum()) == 0, "a kernel did not put its tickets back"
 
 

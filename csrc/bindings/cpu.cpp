@@ -82,6 +82,34 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Arguments& a, const Tensor& gr
   return {d_input, d_scale, d_bias};
 }
 
+// The row losses, and over the logits their gradient times `grad`: for logits that live for this call alone. One visit
+// of a row, where a forward and a backward over the logits would take its exponentials twice.
+template <class T>
+Tensor gradient(const Arguments& a, const Tensor& grad) {
+  Prepared<T> prepared(a);
+  auto& call = prepared.call;
+  constexpr ScalarType type = type_of<T>();
+  const std::vector<T> upstream = upstream_of<T>(a.input, grad);
+  prepared.check_labels(data<T>(a.class_bias), false);
+  call.upstream = upstream.data();
+  call.upstream_stride = grad.dim() == 0 ? 0 : 1;
+  std::vector<T> state(4 * call.rows);
+  call.state = state.data();
+  call.gradient = const_cast<void*>(call.input);
+  call.gradient_type = call.input_type;
+  call.gradient_layout = call.input_layout;
+  Tensor loss = a.input.dim() == 2 ? allocate({call.rows}, {1}, type)
+                                   : allocate({a.input.size(0), a.input.size(2)}, {a.input.size(2), 1}, type);
+  call.loss = static_cast<T*>(loss.mutable_data_ptr());
+  std::atomic<bool> bad{false};
+  const auto kernel = ltk::kernels().cross_entropy<T>().forward;
+  torch::stable::parallel_for(0, call.rows, prepared.grain(), [&](int64_t begin, int64_t end) {
+    if (!kernel(call, begin, end)) bad = true;
+  });
+  if (bad) fail("value: bad probability in target");
+  return loss;
+}
+
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, OptionalTensor weight,
                                                          OptionalTensor class_scale, OptionalTensor class_bias,
                                                          OptionalTensor class_margin, OptionalTensor sample_weight,
@@ -109,6 +137,17 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_backward(
              : backward<float>(a, grad, state, need_input, need_scale, need_bias, inplace);
 }
 
+Tensor cross_entropy_gradient(Tensor grad, Tensor input, Tensor target, OptionalTensor weight,
+                              OptionalTensor class_scale, OptionalTensor class_bias, OptionalTensor class_margin,
+                              OptionalTensor sample_weight, int64_t ignore_index, int64_t, double label_smoothing,
+                              double scale, double focal_gamma, bool focal_weighted, bool focal_detached, double z_loss,
+                              bool) {
+  if (!ltk::is_floating(element_type(target)) && !target.is_contiguous()) target = torch::stable::contiguous(target);
+  const Arguments a{input,        target,          weight, class_scale, class_bias,     class_margin,   sample_weight,
+                    ignore_index, label_smoothing, scale,  focal_gamma, focal_weighted, focal_detached, z_loss};
+  return input.scalar_type() == ScalarType::Double ? gradient<double>(a, grad) : gradient<float>(a, grad);
+}
+
 int64_t select_isa(int64_t wanted) { return ltk::select_instruction_set(int(wanted)); }
 
 }  // namespace
@@ -117,12 +156,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ltkernels_cpu, m) {
   m.def("cross_entropy_forward(" LTK_CROSS_ENTROPY_ARGUMENTS ", bool with_gradient) -> (Tensor, Tensor, Tensor)");
   m.def("cross_entropy_backward(Tensor grad, Tensor state, " LTK_CROSS_ENTROPY_ARGUMENTS
         ", bool need_input, bool need_class_scale, bool need_class_bias, bool inplace) -> (Tensor, Tensor, Tensor)");
+  m.def("cross_entropy_gradient(Tensor grad, " LTK_CROSS_ENTROPY_ARGUMENTS ") -> Tensor");
   m.def("select_isa(int wanted) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ltkernels_cpu, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&cross_entropy_forward));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  m.impl("cross_entropy_gradient", TORCH_BOX(&cross_entropy_gradient));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ltkernels_cpu, CompositeExplicitAutograd, m) { m.impl("select_isa", TORCH_BOX(&select_isa)); }

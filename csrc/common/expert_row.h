@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/host_device.h"
+#include "common/masked_term.h"
 
 namespace ltk {
 
@@ -22,16 +23,22 @@ struct SampleState {
   T mean_max, mean_inverse, student_max, student_inverse, teacher_max, teacher_inverse;
 };
 
-// The cross-entropy, and its part of the state. `others` is the sum of e^(u_j - state->max) over j != y, `own` is u_y.
+// `share` times the cross-entropy, and its part of the state. `others` is the sum of e^(u_j - state->max) over j != y,
+// `own` is u_y. What has no share adds nothing and moves nothing: also where all u are -inf, as of an expert that knows
+// no class, and the softmax would be 0 / 0. That is NaN for those that have a share.
 template <class T>
-LTK_HOST_DEVICE T finish_cross_entropy(T others, T own, ExpertState<T>* state) {
+LTK_HOST_DEVICE T finish_cross_entropy(T others, T own, T share, ExpertState<T>* state) {
+  if (share == T(0) && others == T(0) && own == -T(INFINITY)) {
+    state->factor = state->at_label = T(0);
+    return T(0);
+  }
   const T m = own > state->max ? own : state->max;
   const T rise = state->max == -T(INFINITY) ? T(0) : std::exp(state->max - m);
   others *= rise;
   const T at_label = std::exp(own - m), total = others + at_label;
   state->factor = rise / total;
   state->at_label = -others / total;
-  return at_label > others ? std::log1p(others / at_label) : m - own + std::log(total);
+  return masked_term(share, at_label > others ? std::log1p(others / at_label) : m - own + std::log(total));
 }
 
 }  // namespace ltk

@@ -39,13 +39,14 @@ struct CrossEntropyCall {
   T inverse_denominator = 1;
 
   T* loss = nullptr;            // forward: [rows]
-  const T* upstream = nullptr;  // backward: one value or one a row
+  const T* upstream = nullptr;  // one value or one a row; in a forward null for 1
   int64_t upstream_stride = 0;
   T* scale_sums = nullptr;  // backward: [C] sums over the call's rows of dl/da_j and dl/db_j, or null
   T* bias_sums = nullptr;
 };
 
-// Forward and backward of rows [begin, end); the rows' results do not depend on how they are cut into ranges. A forward
+// Forward and backward of rows [begin, end); the rows' results do not depend on how they are cut into ranges. The
+// gradient of either may be written over the logits. A forward
 // returns whether all probabilities are finite, not negative, and 0 where the bias is -inf; labels are checked before.
 template <class T>
 struct CrossEntropyKernels {

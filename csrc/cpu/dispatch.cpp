@@ -6,20 +6,26 @@
 namespace ltk {
 
 // Each hot path's csrc/cpu/kernels_*.cpp defines its table once per instruction set.
-#define LTK_KERNELS_OF(ISA)                                                       \
-  namespace ISA {                                                                 \
-  extern const AggregateTable aggregate_experts_table;                            \
-  extern const BinaryCrossEntropyTable binary_cross_entropy_table;                \
-  extern const CrossEntropyTable cross_entropy_table;                             \
-  extern const DistillationTable distillation_table;                              \
-  extern const ExpertCrossEntropyTable expert_cross_entropy_table;                \
-  extern const LadeTable lade_table;                                              \
-  extern const RowCrossEntropyTable row_cross_entropy_table;                      \
-  extern const SamplingTable sampling_table;                                      \
-  constexpr Kernels table{aggregate_experts_table,    binary_cross_entropy_table, \
-                          cross_entropy_table,        distillation_table,         \
-                          expert_cross_entropy_table, lade_table,                 \
-                          row_cross_entropy_table,    sampling_table};            \
+#define LTK_KERNELS_OF(ISA)                                        \
+  namespace ISA {                                                  \
+  extern const AccuracyCountsTable accuracy_counts_table;          \
+  extern const AggregateTable aggregate_experts_table;             \
+  extern const BinaryCrossEntropyTable binary_cross_entropy_table; \
+  extern const CrossEntropyTable cross_entropy_table;              \
+  extern const DistillationTable distillation_table;               \
+  extern const ExpertCrossEntropyTable expert_cross_entropy_table; \
+  extern const LadeTable lade_table;                               \
+  extern const RowCrossEntropyTable row_cross_entropy_table;       \
+  extern const SamplingTable sampling_table;                       \
+  constexpr Kernels table{accuracy_counts_table,                   \
+                          aggregate_experts_table,                 \
+                          binary_cross_entropy_table,              \
+                          cross_entropy_table,                     \
+                          distillation_table,                      \
+                          expert_cross_entropy_table,              \
+                          lade_table,                              \
+                          row_cross_entropy_table,                 \
+                          sampling_table};                         \
   }
 #if defined(__x86_64__)
 LTK_KERNELS_OF(avx512)

@@ -1,6 +1,7 @@
 // The kernels of all hot paths by instruction set.
 #pragma once
 
+#include "cpu/accuracy_counts.h"
 #include "cpu/aggregate_experts.h"
 #include "cpu/binary_cross_entropy.h"
 #include "cpu/cross_entropy.h"
@@ -13,6 +14,7 @@
 namespace ltk {
 
 struct Kernels {
+  const AccuracyCountsTable& accuracy_counts;
   const AggregateTable& aggregate_experts;
   const BinaryCrossEntropyTable& binary_cross_entropy;
   const CrossEntropyTable& cross_entropy_table;

@@ -132,12 +132,18 @@ bool forward(const CrossEntropyCall<T>& call, int64_t begin, int64_t end) {
   RowState<T>* states = reinterpret_cast<RowState<T>*>(call.state);
   Tensors<T> tensors(call);
   bool bad = false;
+  const auto upstream = [&](int64_t row) {
+    return call.upstream == nullptr ? T(1) : call.upstream[row * call.upstream_stride];
+  };
   if (tensors.probabilities) {
-    tensors.for_rows(begin, end, [&](int64_t row, const T* x, const T* t, const Ahead& ahead, T* e) {
+    const bool over = call.gradient == call.input;  // the logits are read again after the exponentials are written
+    Scratch<T> scratch(over ? call.classes : 0);
+    tensors.for_rows(begin, end, [&](int64_t row, const T* x, const T* t, const Ahead& ahead, T* out) {
+      T* e = over ? scratch.data() : out;
       call.loss[row] = probability_row(call, adjusted<T, form>(call, x), row, t, ahead, e, &states[row], &bad);
       if (call.gradient == nullptr) return;
       probability_dl_du(call, states[row], t, e, e);
-      scaled(adjusted<T, form>(call, x), call.classes, e, T(1), e);
+      scaled(adjusted<T, form>(call, x), call.classes, e, upstream(row), out);
     });
     return !bad;
   }
@@ -169,8 +175,9 @@ bool forward(const CrossEntropyCall<T>& call, int64_t begin, int64_t end) {
         continue;
       }
       const Adjusted<T, form> u = adjusted<T, form>(call, tensors.input.row(first, r));
-      gradient_row(call, u, states[r], T(1), [e](int64_t j, auto load) { return load(e + j, T(0)); }, e);
-      e[y] = u.slope(y) * (call.inverse_denominator * states[r].at_label);
+      const T g = upstream(r);
+      gradient_row(call, u, states[r], g, [e](int64_t j, auto load) { return load(e + j, T(0)); }, e);
+      e[y] = u.slope(y) * (call.inverse_denominator * states[r].at_label) * g;
     }
   });
   return !bad;

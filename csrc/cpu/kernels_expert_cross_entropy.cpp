@@ -219,7 +219,7 @@ void write_common(const Call<T>& call, const Softened<T, soft> b, const SampleSt
 
 // --- One expert ---
 
-// Sweep (2): fills the expert's state; returns its cross-entropy and its divergence from the mean.
+// Sweep (2): fills the expert's state; returns its share of the cross-entropy and its divergence from the mean.
 template <class T>
 struct ExpertLoss {
   T cross_entropy, divergence;
@@ -227,7 +227,7 @@ struct ExpertLoss {
 
 template <class T, Affine form, Soft soft>
 ExpertLoss<T> expert_forward(const Call<T>& call, const Adjusted<T, form> u, const Softened<T, soft> a,
-                             const Softened<T, soft> b, const SampleState<T>& sample, int64_t e, int64_t y,
+                             const Softened<T, soft> b, const SampleState<T>& sample, int64_t e, int64_t y, T share,
                              const T* e_mean, const Ahead& next, T* out, T* e_soft, ExpertState<T>* state) {
   const Ahead ahead = next;
   const bool fetches = ahead.input != nullptr;
@@ -267,7 +267,7 @@ ExpertLoss<T> expert_forward(const Call<T>& call, const Adjusted<T, form> u, con
     });
   });
   const T others = sum_lanes<T>(sum);
-  ExpertLoss<T> loss{finish_cross_entropy(others, own_logit(call, u, e, y), state), T(0)};
+  ExpertLoss<T> loss{finish_cross_entropy(others, own_logit(call, u, e, y), share, state), T(0)};
   if constexpr (soft == Soft::none) return loss;
   DistillationSums<T> sums{T(0), T(1) / sample.mean_inverse, T(0), T(0)};
   if constexpr (soft == Soft::shared) {
@@ -378,9 +378,9 @@ void forward(const Call<T>& call, int64_t begin, int64_t end) {
       const Softened<T, soft> a{z[e], call.temperature};
       T *out = work.gradient.data()[e], *e_soft = work.e_soft.data();
       states[e] = {};
-      const ExpertLoss<T> of_expert =
-          expert_forward(call, u, a, b, sample, e, label.y, e_mean, tensors.ahead(i, e, end), out, e_soft, &states[e]);
-      loss += masked_term(share_of(call, i, e, label.y), of_expert.cross_entropy);
+      const ExpertLoss<T> of_expert = expert_forward(call, u, a, b, sample, e, label.y, share_of(call, i, e, label.y),
+                                                     e_mean, tensors.ahead(i, e, end), out, e_soft, &states[e]);
+      loss += of_expert.cross_entropy;
       if constexpr (soft != Soft::none) {
         const T kl = call.diversity * call.inverse_count * weight;
         loss += kl < T(0) ? -masked_term(-kl, of_expert.divergence) : masked_term(kl, of_expert.divergence);

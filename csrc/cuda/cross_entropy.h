@@ -50,7 +50,13 @@ struct Call {
 };
 
 // ltkernels/ops/gpu.py
-enum Error : int { label_out_of_range = 1, label_of_absent_class = 2, foreign_state = 3 };
+enum Error : int {
+  label_out_of_range = 1,
+  label_of_absent_class = 2,
+  foreign_state = 3,
+  label_not_counted = 4,
+  prediction_not_counted = 5
+};
 
 // The types of logits; defined with the kernels.
 struct BFloat16;

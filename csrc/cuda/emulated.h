@@ -185,6 +185,8 @@ inline T exchange(T value, int lane_mask) {
   return value;
 }
 
+inline void add(int* to, int value) { *to += value; }
+inline void add(int64_t* to, int64_t value) { *to += value; }
 inline int take_ticket(int* counter) { return (*counter)++; }
 
 inline void store16(void* to, const uint32_t (&words)[4]) {

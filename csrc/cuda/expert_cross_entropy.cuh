@@ -285,7 +285,8 @@ struct ForwardSample {
       const int64_t at = (first + e) * call.classes + y;
       const T margin = call.margin != nullptr ? call.uniform_scale * call.margin[at] : T(0);
       const T own = adjusted_at(call, first + e, y, label_logit(first + e)) - margin;
-      const T ce = finish_cross_entropy(others[e], own, &state);
+      const T share = expert_weight(call, i, first + e, y);
+      term_of(call, i, first + e) = double(finish_cross_entropy(others[e], own, share, &state));
       if (soft) {
         const DistillationSums<T> sums{soft_sums[3 * e], mean_sum, soft_sums[3 * e + 1], soft_sums[3 * e + 2]};
         state.soft_max = maxima.soft[e];
@@ -293,7 +294,6 @@ struct ForwardSample {
         divergences += masked_term(diversity_of(call, i), divergence(sums));
       }
       call.of_experts(i)[first + e] = state;
-      term_of(call, i, first + e) = double(masked_term(expert_weight(call, i, first + e, y), ce));
     }
   }
 };

@@ -90,6 +90,12 @@ LTK_DEVICE int take_ticket(int* counter) {
   return ticket;
 }
 
+// Of integers alone: their sum does not depend on who comes first.
+LTK_DEVICE void add(int* to, int value) { atomicAdd(to, value); }
+LTK_DEVICE void add(int64_t* to, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
+
 // 16 bytes at once. As an assignment nvcc splits them for sm_80 and sm_90.
 LTK_DEVICE void store16(void* to, const uint32_t (&words)[4]) {
   __stwb(static_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));

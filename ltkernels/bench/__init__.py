@@ -6,10 +6,12 @@ how to read it. One idea a file:
 * ``scenarios``: batch shapes and inputs;
 * ``peers``: the losses and the forms they are compared with;
 * ``sampling``: class-balanced sampling and what it is compared with;
+* ``peers_crt``: a whole step of training a classifier on cached features;
 * ``device``: timing, memory and name of a machine;
 * ``runner``: equality first, then interleaved rounds, then records;
 * ``targets``: the figures this project sets itself;
-* ``report``: JSON Lines, tables, plot, README figures;
+* ``report``: JSON Lines, tables, README figures;
+* ``plot``: pictures of a run;
 * ``command``: the command line.
 """
 

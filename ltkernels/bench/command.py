@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ltkernels.bench import peers, peers_expert_linear, report, runner, sampling
+from ltkernels.bench import peers, peers_crt, peers_expert_linear, peers_linear, plot, report, runner, sampling
 from ltkernels.bench.device import Cpu, Cuda
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
 from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
 from ltkernels.bench.peers_expert_linear import EXPERT_LINEAR_VARIANTS
 from ltkernels.bench.peers_experts import EXPERT_VARIANTS
 from ltkernels.bench.peers_lade import LADE_VARIANTS
+from ltkernels.bench.peers_linear import LINEAR_SCENARIOS, LINEAR_VARIANTS
 from ltkernels.bench.peers_rows import ROW_VARIANTS
 from ltkernels.bench.scenarios import SCENARIOS, Scenario, scenario
 from ltkernels.bench.targets import judge
@@ -46,7 +47,13 @@ OPS = {
     "expert_linear": _Op(
         ROW_SCENARIOS, {variant.name: variant for variant in EXPERT_LINEAR_VARIANTS}, peers_expert_linear.measure
     ),
+    "linear_cross_entropy": _Op(
+        LINEAR_SCENARIOS, {variant.name: variant for variant in LINEAR_VARIANTS}, peers_linear.measure
+    ),
     "binary_cross_entropy": _Op(ROW_SCENARIOS, {variant.name: variant for variant in BINARY_VARIANTS}, runner.measure),
+    "crt": _Op(
+        peers_crt.CRT_SCENARIOS, {variant.name: variant for variant in peers_crt.CRT_VARIANTS}, peers_crt.measure
+    ),
     "sampling": _Op(sampling.SCENARIOS, {variant.name: variant for variant in sampling.VARIANTS}, sampling.measure),
 }
 
@@ -63,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scenario",
         type=_list_of(_scenario),
-        metavar="NxC,...",
+        metavar="NxC,...|NxDxC,...",
         help="default: " + "; ".join(f"{name}: {_shapes(op.scenarios)}" for name, op in OPS.items()),
     )
     parser.add_argument(
@@ -108,7 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (10 to 30 s each)")
     parser.add_argument("--targets", action="store_true", help="say which of the project's targets are reached")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write the records, one JSON object a line")
-    parser.add_argument("--plot", type=Path, metavar="IMAGE", help="draw time per logit (needs matplotlib)")
+    parser.add_argument(
+        "--plot",
+        type=_image,
+        metavar="FILE",
+        help=f"draw time and ratios into a {', '.join(plot.SUFFIXES)} file (needs matplotlib); with --load, of a run "
+        "that was kept",
+    )
     parser.add_argument("--load", type=Path, metavar="FILE.jsonl", help="measure nothing, show these records instead")
     parser.add_argument("--records-only", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -126,6 +139,12 @@ def _scenario(text: str) -> Scenario:
         return scenario(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _image(text: str) -> Path:
+    if Path(text).suffix not in plot.SUFFIXES:  # now, not after minutes of measuring
+        raise argparse.ArgumentTypeError(f"expected a name that ends in {', '.join(plot.SUFFIXES)}, found {text!r}")
+    return Path(text)
 
 
 def _shapes(shapes: Sequence[Scenario]) -> str:
@@ -163,7 +182,7 @@ def _say(text: str) -> None:
 
 
 def _progress(
-    variant: peers.Variant | sampling.Variant | peers_expert_linear.Variant,
+    variant: peers.Variant | sampling.Variant | peers_expert_linear.Variant | peers_linear.Variant | peers_crt.Variant,
     shape: Scenario,
     measurement: runner.Measurement,
 ) -> None:
@@ -233,11 +252,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     op = OPS[args.op]
     known = {shape.name: shape for shape in op.scenarios}
     args.scenario = tuple(known.get(shape.name, shape) for shape in args.scenario or op.scenarios)
+    for shape in args.scenario:
+        if bool(shape.d) != bool(op.scenarios[0].d):
+            parser.error(f"argument --scenario: expected a shape like {op.scenarios[0].name}, found {shape.name}")
     args.variant = args.variant or tuple(op.variants)
     if unknown := [name for name in args.variant if name not in op.variants]:
         parser.error(f"argument --variant: expected one of {', '.join(op.variants)}, found {unknown[0]!r}")
-    if args.op == "sampling" and (args.device != "cpu" or args.plot is not None):
-        parser.error("--op sampling: measured on the CPU and not plotted")
+    if args.op == "sampling" and args.device != "cpu":
+        parser.error("--op sampling: measured on the CPU")
     try:
         if args.load is not None:
             records = report.read_records(args.load)
@@ -252,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.records_only:
             _show(records, args.targets)
         if args.plot is not None:
-            report.plot(records, args.plot)
+            plot.draw(records, args.plot)
     except subprocess.CalledProcessError as error:
         _say(f"ltkernels bench: the run with {' '.join(error.cmd[6:8])} failed with status {error.returncode}")
         return 1

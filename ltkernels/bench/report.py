@@ -1,4 +1,4 @@
-"""What a run says: JSON Lines in and out, tables on the terminal, a plot, and the figures of the README."""
+"""What a run says: JSON Lines in and out, tables on the terminal, and the figures of README and documentation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltkernels.bench import peers, sampling
+from ltkernels.bench import peers, peers_crt, sampling
 from ltkernels.bench.peers import VARIANTS
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
 from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
 from ltkernels.bench.peers_expert_linear import EXPERT_LINEAR_VARIANTS
 from ltkernels.bench.peers_experts import EXPERT_VARIANTS
 from ltkernels.bench.peers_lade import LADE_VARIANTS
+from ltkernels.bench.peers_linear import LINEAR_VARIANTS
 from ltkernels.bench.peers_rows import ROW_VARIANTS
 from ltkernels.bench.targets import Line
 
@@ -34,6 +35,8 @@ TITLES = {
     )
 }
 TITLES |= {variant.name: variant.title for variant in EXPERT_LINEAR_VARIANTS}
+TITLES |= {variant.name: variant.title for variant in LINEAR_VARIANTS}
+TITLES |= {variant.name: variant.title for variant in peers_crt.CRT_VARIANTS}
 TITLES |= {variant.name: variant.title for variant in sampling.VARIANTS}
 LOSSES = (
     "cross_entropy",
@@ -43,12 +46,15 @@ LOSSES = (
     "experts",
     "binary_cross_entropy",
     "expert_linear",
+    "linear_cross_entropy",
 )
 FIELDS = frozenset(
     "op variant scenario source N C dtype mode memory threads peer less_work backend rounds p25_us p50_us p75_us ratio "
     "model_bytes frac_copy launches peak_mb peak_bytes page_faults rel_err_loss rel_err_grad rounding_grad "
     "device cpu isa kernel_isa load torch ltkernels git utc".split()
 )
+
+RATE = "samples_per_second"  # a field of records of whole steps
 
 
 def write_records(records: Iterable[Record], path: Path) -> None:
@@ -110,7 +116,8 @@ def results_table(records: Sequence[Record]) -> Table:
     of_losses = records[0]["op"] in LOSSES
     for header in ("batch", "threads", "loss", "form") if of_losses else ("data", "threads", "what", "form"):
         table.add_column(header, no_wrap=True)
-    for header in ("median", "quartiles", "x ltkernels", "of copy", "ops", "peak MB", "faults", "loss err", "grad err"):
+    share = "samples/s" if RATE in records[0] else "of copy"
+    for header in ("median", "quartiles", "x ltkernels", share, "ops", "peak MB", "faults", "loss err", "grad err"):
         table.add_column(header, justify="right", no_wrap=True)
     for group in groups.values():
         for place, record in enumerate(group):
@@ -122,7 +129,7 @@ def results_table(records: Sequence[Record]) -> Table:
                 duration(record["p50_us"]),
                 f"{duration(record['p25_us'])} - {duration(record['p75_us'])}",
                 f"{record['ratio'].get(peers.OURS, 1.0):.2f}",
-                _show(record["frac_copy"], ".2f"),
+                f"{record[RATE]:,}" if RATE in record else _show(record["frac_copy"], ".2f"),
                 _show(record["launches"], "d"),
                 _show(record["peak_mb"], ".2f"),
                 str(record["page_faults"]),
@@ -134,7 +141,7 @@ def results_table(records: Sequence[Record]) -> Table:
 
 
 def _setting(record: Record) -> str:
-    members = "" if record["op"] in LOSSES else " members"
+    members = " members" if record["op"] == "sampling" else ""
     return f"{record['dtype']}{members}, {record['mode']}, {record['memory']} memory"
 
 
@@ -166,66 +173,6 @@ def machine(records: Sequence[Record]) -> str:
     return f"{where}, torch {first['torch']}, {version}, {first['utc'][:10]}"
 
 
-COLOURS = {
-    peers.OURS: "tab:red",
-    peers.EAGER: "tab:blue",
-    peers.PUBLISHED: "tab:cyan",
-    peers.COMPILE: "tab:green",
-    peers.LIBRARY: "tab:olive",
-    peers.CLONE: "tab:gray",
-}
-
-
-def plot(records: Sequence[Record], path: Path) -> None:
-    """Median time a logit of every form, one panel a loss, quartiles as bars; the format follows the suffix.
-
-    Args:
-        records: of one type, mode and memory setting; where several thread counts are there, the smallest is drawn.
-        path: image to write, ``.png``, ``.svg`` or ``.pdf``.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plot: matplotlib is not installed; pip install 'ltkernels[bench]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    threads = min(record["threads"] for record in records)
-    drawn = [record for record in records if record["threads"] == threads]
-    variants = list(dict.fromkeys(record["variant"] for record in drawn))
-    scenarios = list(dict.fromkeys(record["scenario"] for record in drawn))
-    rows = (len(variants) + 2) // 3
-    figure, axes = plt.subplots(rows, min(3, len(variants)), figsize=(15, 4 * rows), squeeze=False, sharey=True)
-    for axis, variant in zip(axes.flat, variants, strict=False):
-        shown = [name for name in COLOURS if any(r["variant"] == variant and r["peer"] == name for r in drawn)]
-        width = 0.8 / len(shown)
-        for place, form in enumerate(shown):
-            found = {r["scenario"]: r for r in drawn if r["variant"] == variant and r["peer"] == form}
-            where = [scenarios.index(name) + place * width for name in found]
-            middle, low, high = (
-                [r[key] * 1e3 / (r["N"] * r["C"]) for r in found.values()] for key in ("p50_us", "p25_us", "p75_us")
-            )
-            below = [m - q for m, q in zip(middle, low, strict=True)]
-            above = [q - m for m, q in zip(middle, high, strict=True)]
-            axis.bar(where, middle, width, yerr=[below, above], label=form, color=COLOURS[form])
-        axis.set_title(TITLES.get(variant, variant))
-        axis.set_yscale("log")
-        axis.set_xticks([place + 0.4 - width / 2 for place in range(len(scenarios))], scenarios, rotation=30)
-        axis.set_ylabel("ns per logit")
-    for axis in list(axes.flat)[len(variants) :]:
-        axis.set_visible(False)
-    handles = {label: bar for axis in axes.flat for bar, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles))
-    figure.suptitle(f"{drawn[0]['mode']}, {drawn[0]['dtype']}, {threads} thread{'s' * (threads > 1)}\n{machine(drawn)}")
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 DEFAULT_OP = {"op": "cross_entropy"}
 _OF_LOSSES = (
     (peers.EAGER, "plain PyTorch"),
@@ -246,19 +193,38 @@ README_ROWS = dict.fromkeys(LOSSES, _OF_LOSSES) | {
         (sampling.TORCHSAMPLER, "the way of torchsampler"),
         (sampling.M_PER_CLASS, "MPerClassSampler"),
     ),
+    "crt": (
+        (peers_crt.LOADER, "DataLoader, the usual form"),
+        (peers_crt.AUTOGRAD, "plain PyTorch, autograd"),
+        (peers.EAGER, "plain PyTorch, the cheapest form"),
+        (peers.COMPILE, "torch.compile"),
+        (peers_crt.TORCH_LINEAR, "F.linear_cross_entropy"),
+        (peers_crt.OUR_AUTOGRAD, "ltkernels by autograd"),
+        (peers_crt.OUR_LINEAR, "linear_cross_entropy of ltkernels"),
+        (peers_crt.PRODUCTS, "the two products alone"),
+        (peers_crt.GATHER, "the gather alone"),
+    ),
 }
 README_WHAT = dict.fromkeys(LOSSES, "float32, forward and backward with argument checks") | {
     "sampling": "a million indices, or all samples of the data set (index, shuffle)",
+    "crt": "float32, batch x features x classes, random features in memory for as many samples as the data set has; a "
+    "step is draw, gather, classifier, loss, gradients and update",
 }
 
 
-def readme_figures(records: Sequence[Record], command: str, op: str = "cross_entropy") -> str:
+def readme_figures(
+    records: Sequence[Record],
+    command: str,
+    op: str = "cross_entropy",
+    writer: str = "python benchmarks/readme_table.py",
+) -> str:
     """The README's figures in Markdown: our time, and the ratio to every other form, by batch shape or data set.
 
     Args:
         records: of one machine.
         command: what printed them, quoted below the table.
         op: which op's records; those of others are left out.
+        writer: the command that puts them where they stand, quoted too.
 
     Returns:
         Markdown text. Cells hold one value a thread count, ascending, separated by " / ".
@@ -281,11 +247,13 @@ def readme_figures(records: Sequence[Record], command: str, op: str = "cross_ent
         cells = []
         for name, _ in scenarios:
             at = [by_key[key] for count in threads if (key := (variant, name, count)) in by_key]
-            values = [
-                duration(r["p50_us"]) if base is None else f"{r['ratio'][base]:.{2 if op == 'cross_entropy' else 3}f}"
-                for r in at
-                if base is None or base in r["ratio"]
-            ]
+            if base is None:
+                values = [duration(r["p50_us"]) for r in at]
+            elif base == RATE:
+                values = [f"{r[RATE]:,}" for r in at if RATE in r]
+            else:
+                digits = 2 if op == "cross_entropy" else 3
+                values = [f"{r['ratio'][base]:.{digits}f}" for r in at if base in r["ratio"]]
             cells.append(" / ".join(values) or "-")
         return None if set(cells) == {"-"} else f"| {head} | " + " | ".join(cells) + " |"
 
@@ -293,7 +261,7 @@ def readme_figures(records: Sequence[Record], command: str, op: str = "cross_ent
     lines.append("|---|" + "---:|" * len(scenarios))
     for variant in dict.fromkeys(r["variant"] for r in ours):
         title = TITLES.get(variant, variant)
-        rows = [row(f"**{title}**, time", variant, None)]
+        rows = [row(f"**{title}**, time", variant, None), row(f"{title}, samples a second", variant, RATE)]
         rows += [row(f"{title} / {label}", variant, base) for base, label in README_ROWS[op]]
         lines += [line for line in rows if line is not None]
     counts = " / ".join(str(count) for count in threads)
@@ -301,5 +269,5 @@ def readme_figures(records: Sequence[Record], command: str, op: str = "cross_ent
         f"Measured on {machine(ours)}; {README_WHAT[op]}, {counts} thread(s).\n"
         'A row "OURS / FORM" is the time of ltkernels over that of the form, the median of the ratios of all rounds: '
         "below 1 ltkernels is faster.\n\n" + "\n".join(lines) + "\n\n"
-        f"Measured by `{command}`, written here by `python benchmarks/readme_table.py`.\n"
+        f"Measured by `{command}`, written here by `{writer}`.\n"
     )

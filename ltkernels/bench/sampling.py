@@ -213,8 +213,7 @@ def _draw_forms(data: Data, class_probs: Tensor | None) -> Forms:
             return distribution(name)
         return None if torch.equal(gathers[name]().long(), ours(0)) else "gathers other members"
 
-    lines = explain(functional.sample_indices, data.index, 0, 1, seed=1, class_probs=table).splitlines()
-    backend = next(line.split()[0] for line in lines if "serves this call" in line)
+    backend = explain(functional.sample_indices, data.index, 0, 1, seed=1, class_probs=table).backend
     # Read a member, write an index.
     moved = data.draws * (members.element_size() + 8)
     return Forms({**draws, **gathers}, check, refused, backend, moved)

@@ -14,15 +14,19 @@ LARGEST_CLASS = 5_000
 
 @dataclass(frozen=True)
 class Scenario:
-    """One batch shape: ``n`` rows of ``c`` classes, and where it occurs."""
+    """One batch shape: ``n`` rows of ``c`` classes, and where it occurs.
+
+    ``d`` features a row, where a classifier is part of what is measured; 0 where that begins with logits.
+    """
 
     n: int
     c: int
     source: str
+    d: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.n}x{self.c}"
+        return f"{self.n}x{self.d}x{self.c}" if self.d else f"{self.n}x{self.c}"
 
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -39,19 +43,20 @@ def scenario(name: str) -> Scenario:
     """The scenario called ``name``, or the shape it spells.
 
     Args:
-        name: ``"<rows>x<classes>"``, for example ``"512x8142"``; a shape outside the table is measured as well.
+        name: ``"<rows>x<classes>"`` or ``"<rows>x<features>x<classes>"``, for example ``"512x8142"``; a shape outside
+            the table is measured as well.
 
     Raises:
-        ValueError: ``name`` is not two positive integers joined by ``x``.
+        ValueError: ``name`` is not two or three positive integers joined by ``x``.
     """
     for known in SCENARIOS:
         if known.name == name:
             return known
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
+    match = re.fullmatch(r"([1-9]\d*)x(?:([1-9]\d*)x)?([1-9]\d*)", name)
     if match is None:
         known_names = ", ".join(s.name for s in SCENARIOS)
         raise ValueError(f"scenario: expected <rows>x<classes>, for example {known_names}, found {name!r}")
-    return Scenario(int(match[1]), int(match[2]), "custom")
+    return Scenario(int(match[1]), int(match[3]), "custom", int(match[2] or 0))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltkernels.bench import peers, sampling
+from ltkernels.bench import peers, peers_linear, sampling
 from ltkernels.bench.peers_experts import EXPERTS
 
 Record = Mapping[str, Any]
@@ -63,6 +63,13 @@ EXPERT_LINEAR_LIMITS: dict[str, tuple[float, float | None]] = {
     "linear_probs": (1.1, None),
     "linear_probs_shared": (1.1, None),
 }
+# Time on two threads, at most of the other's, by scenario.
+LINEAR_LIMITS: dict[str, dict[str, float]] = {
+    peers.EAGER: {"2048x512x50257": 1.0, "4096x64x21841": 0.85},
+    peers_linear.CHUNKED: {"2048x512x50257": 0.95, "4096x64x21841": 0.95},
+}
+LINEAR_BYTES = 32 << 20
+LINEAR_SHARE = 0.05  # of the logits: what may be held beyond inputs and gradients if it is more than LINEAR_BYTES
 BYTES_PER_ROW_OR_CLASS = 64  # what O(N + C) beyond logits and gradient is allowed to mean
 FIXED_BYTES = 4096
 
@@ -100,6 +107,8 @@ def judge(records: Sequence[Record]) -> list[Line]:
             lines += _sampling(record)
         elif record["peer"] == peers.OURS and record["op"] == "expert_linear":
             lines += _expert_linear(record)
+        elif record["peer"] == peers.OURS and record["op"] == "linear_cross_entropy":
+            lines += _linear(record)
         elif record["peer"] == peers.OURS and record["mode"] == "fwd_bwd":
             lines += _speed(record) if record["dtype"] == "float32" else ()
             lines += _memory_and_error(record)
@@ -146,6 +155,20 @@ def _expert_linear(record: Record) -> Iterator[Line]:
     held = record["forward_peak_ratio"][peers.EAGER]
     memory = None if scenario == SMALL_BATCH else memory  # of which the scratch is more than the result
     yield Line(f"{variant}: forward's peak bytes of {peers.EAGER}", scenario, threads, held, memory)
+    yield from _error(record)
+
+
+def _linear(record: Record) -> Iterator[Line]:
+    variant, scenario, threads, ratio = record["variant"], record["scenario"], record["threads"], record["ratio"]
+    judged = record["dtype"] == "float32" and record["mode"] == "fwd_bwd" and threads == 2 and variant == "linear_ce"
+    for base in (peers.EAGER, peers_linear.CHUNKED, peers_linear.AUTO, peers.COMPILE):
+        if base in ratio:
+            limit = LINEAR_LIMITS.get(base, {}).get(scenario) if judged else None
+            yield Line(f"{variant}: time of {base}", scenario, threads, ratio[base], limit)
+    allowed = max(LINEAR_BYTES, LINEAR_SHARE * record["logits_bytes"])
+    if record["dtype"] == "float32":  # half types have a sum in float32 besides
+        what = f"{variant}: peak bytes beyond inputs and gradients"
+        yield Line(what, scenario, threads, record["beyond_bytes"], allowed)
     yield from _error(record)
 
 

@@ -5,6 +5,7 @@ softmax losses for long-tailed data: per-class scales, biases and margins, focal
 denominators. ``sample_indices`` draws class-balanced samples: a pure function of seed, epoch and position.
 """
 
+from ltkernels.functional.accuracy_counts import AccuracyCounts, accuracy_counts
 from ltkernels.functional.aggregate_experts import TopClasses, aggregate_experts
 from ltkernels.functional.binary_cross_entropy import binary_cross_entropy
 from ltkernels.functional.cross_entropy import cross_entropy
@@ -12,6 +13,7 @@ from ltkernels.functional.distillation import distillation_loss
 from ltkernels.functional.expert_cross_entropy import expert_cross_entropy
 from ltkernels.functional.expert_linear import expert_linear
 from ltkernels.functional.lade import lade_cross_entropy
+from ltkernels.functional.linear_cross_entropy import linear_cross_entropy
 from ltkernels.functional.row_cross_entropy import (
     equalization_cross_entropy,
     pairwise_cross_entropy,
@@ -20,7 +22,9 @@ from ltkernels.functional.row_cross_entropy import (
 from ltkernels.functional.sampling import sample_indices
 
 __all__ = [
+    "AccuracyCounts",
     "TopClasses",
+    "accuracy_counts",
     "aggregate_experts",
     "binary_cross_entropy",
     "cross_entropy",
@@ -29,6 +33,7 @@ __all__ = [
     "expert_cross_entropy",
     "expert_linear",
     "lade_cross_entropy",
+    "linear_cross_entropy",
     "pairwise_cross_entropy",
     "sample_indices",
     "seesaw_cross_entropy",

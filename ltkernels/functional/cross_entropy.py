@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -319,8 +320,9 @@ def _of_rows(
     denominator: str | float | Tensor,
     empty: str,
     inplace: bool,
+    op: Callable[[tuple[Tensor | None, ...], RowCrossEntropyOptions, bool], Tensor] | None = None,
 ) -> Tensor:
-    """The calls of :func:`cross_entropy` whose adjustments depend on the row."""
+    """The calls of :func:`cross_entropy` whose adjustments depend on the row; ``op`` as of ``rows``."""
     arg.choice("margin_type", margin_type, tuple(_MARGIN_TYPES))
     arg.choice("smoothing_mode", smoothing_mode, ("all", "off_target"))
     if margin_type != "additive":
@@ -343,5 +345,6 @@ def _of_rows(
         input, target, options, weight=weight, class_scale=class_scale, class_bias=class_bias,
         class_margin=class_margin, class_smoothing=class_smoothing,
         sample_weight=sample_weight, row_gate=row_gate, feature_norm=feature_norm, inplace=inplace,
+        op=op,
     )  # fmt: skip
     return divided(loss, given, divisor, options.empty_zero)

@@ -37,8 +37,12 @@ def rows(
     pair: Callable[[Tensor], Tensor] | None = None,
     pair_step: Tensor | None = None,
     inplace: bool = False,
+    op: Callable[[tuple[Tensor | None, ...], RowCrossEntropyOptions, bool], Tensor] | None = None,
 ) -> Tensor:
-    """Checks what all these losses share and calls the op; ``pair(logits)`` gives the pair term's table."""
+    """Checks what all these losses share and calls the op; ``pair(logits)`` gives the pair term's table.
+
+    ``op`` takes the place of the op of logits, where ``input`` is a tensor of their shape without memory.
+    """
     arg.check_logits("input", input)
     labels, lam = _labels(input, target)
     dim = input.dim()
@@ -57,7 +61,7 @@ def rows(
 
     if lam is not None and lam.shape != (1,):
         lam = shaped(lam) if lam.dim() else lam.reshape(1)
-    loss = _op.row_cross_entropy(
+    loss = (op or _op.row_cross_entropy)(
         (
             x, shaped(labels[0]), shaped(labels[1]) if len(labels) > 1 else None, lam, table("weight", weight),
             table("class_scale", class_scale), table("class_bias", class_bias),

@@ -10,6 +10,7 @@ module                                   losses
 `pairs`, by label and class, with a      `SeesawLoss`, `SoftmaxEqualizationLoss`
 state that training moves on
 `lade`, by columns of the batch too      `LADELoss`
+`linear`, with the classifier in it      `LinearCrossEntropyLoss`
 `distillation`, towards a teacher        `DistillationLoss`
 `experts`, of several at once            `RIDELoss`, `SADELoss`
 `sigmoid`, each class for itself         `ClassBalancedSigmoidLoss`, `SigmoidFocalLoss`, `AsymmetricLoss`
@@ -27,6 +28,7 @@ from ltkernels.losses.detection import ACSLLoss, DropLoss, EqualizationLoss, Equ
 from ltkernels.losses.distillation import DistillationLoss
 from ltkernels.losses.experts import RIDELoss, SADELoss
 from ltkernels.losses.lade import LADELoss
+from ltkernels.losses.linear import LinearCrossEntropyLoss
 from ltkernels.losses.pairs import SeesawLoss, SoftmaxEqualizationLoss
 from ltkernels.losses.rows import ArcFaceLoss, InfluenceBalancedLoss, LabelAwareSmoothingLoss
 from ltkernels.losses.sigmoid import AsymmetricLoss, ClassBalancedSigmoidLoss, SigmoidFocalLoss
@@ -60,6 +62,7 @@ __all__ = [
     "LADELoss",
     "LDAMLoss",
     "LabelAwareSmoothingLoss",
+    "LinearCrossEntropyLoss",
     "LogitAdjustedLoss",
     "RIDELoss",
     "SADELoss",

@@ -113,13 +113,14 @@ class _Lean(torch.autograd.Function):
         op, tensors, options, implementation, inplace = arguments[-1]
         now = (
             implementation.gradient_in_forward
-            and not (inplace or True in ctx.needs_input_grad[1:])
+            and not (inplace or (True in ctx.needs_input_grad[1:] and not implementation.all_gradients))
             and options.reduction != Reduction.NONE
             # Hooks on saved tensors (checkpointing, offloading) are there to save memory: nothing is kept beside them.
             and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         )
+        wanted = ctx.needs_input_grad[:-1] if now and implementation.all_gradients else now
         loss: Tensor
-        loss, state, ctx.gradient = implementation.forward(*tensors, *options, now)
+        loss, state, ctx.gradient = implementation.forward(*tensors, *options, wanted)
         ctx.save_for_backward(*tensors, state)
         ctx.call = op, options, implementation, inplace
         return loss
@@ -130,6 +131,8 @@ class _Lean(torch.autograd.Function):
         op, options, implementation, inplace = ctx.call
         plain = not (torch.is_grad_enabled() or _is_batched(grad))
         if gradient is not None and plain:
+            if implementation.all_gradients:
+                return *gradient.times(grad), None
             if grad.item() == 1.0:
                 return gradient, *(None,) * len(op.gradients)
             if gradient.dtype in (torch.float32, torch.float64):

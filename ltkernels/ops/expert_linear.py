@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ltkernels import backends
 from ltkernels.ops import aggregate_experts, averaged_linear, entries
@@ -38,9 +37,17 @@ def may_keep(input: Tensor, weight: Tensor) -> bool:
     """Whether ``(E, N, C)`` logits are so few that ``aggregate_experts`` should have them at once."""
     rows = input.shape[-2]
     if torch.is_grad_enabled():
-        kept = rows * weight.shape[0] * weight.shape[1] * input.element_size() <= KEPT_BYTES
-        return statically_known_true(kept)  # of a symbol it is not asked: no graph depends on the answer
-    return statically_known_true(rows <= chunk_rows(input, weight))
+        return _known(rows * weight.shape[0] * weight.shape[1] * input.element_size() <= KEPT_BYTES)
+    return _known(rows <= chunk_rows(input, weight))
+
+
+def _known(answer: bool) -> bool:
+    """The answer, or no: of a symbol it is not asked, so that no graph depends on it."""
+    if type(answer) is bool and not torch.compiler.is_compiling():
+        return answer
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # a third of a second, most of it sympy
+
+    return statically_known_true(answer)
 
 
 def chunk_rows(input: Tensor, weight: Tensor) -> int:

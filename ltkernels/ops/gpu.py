@@ -70,7 +70,7 @@ def _lasting_zeros(count: int, device: torch.device) -> Tensor:
 
 # --- Reports ---
 
-_LABEL_OUT_OF_RANGE, _LABEL_OF_ABSENT_CLASS, _FOREIGN_STATE = 1, 2, 3
+_LABEL_OUT_OF_RANGE, _LABEL_OF_ABSENT_CLASS, _FOREIGN_STATE, LABEL_NOT_COUNTED, PREDICTION_NOT_COUNTED = range(1, 6)
 _words: dict[int, Tensor] = {}
 
 
@@ -87,8 +87,9 @@ def check() -> None:
     """Raise if a kernel that has run on a GPU found a label that it could not use.
 
     Labels on a GPU are not looked at when a loss is called, for that would wait for the device. The kernel gives the
-    row a NaN loss and leaves a note, which the next eager call and this function report. This does not wait either: it
-    sees what has run by now, everything after ``torch.cuda.synchronize()``. Reported once, the note is gone.
+    row a NaN loss, or does not count it, and leaves a note, which the next eager call and this function report. This
+    does not wait either: it sees what has run by now, everything after ``torch.cuda.synchronize()``. Reported once, the
+    note is gone.
 
     Raises:
         IndexError: a label outside ``[0, C)`` that is not ``ignore_index``.
@@ -104,13 +105,22 @@ def check() -> None:
         if code == 0:
             continue
         word.zero_()
-        where = f"in an earlier call on {f'cuda:{index}' if index >= 0 else 'an emulated GPU'}; its row's loss is NaN"
+        place = f"in an earlier call on {f'cuda:{index}' if index >= 0 else 'an emulated GPU'}"
+        where = f"{place}; its row's loss is NaN"
         if code == _LABEL_OUT_OF_RANGE:
             raise IndexError(f"target: expected labels in [0, C) or ignore_index, found another {where}")
         if code == _LABEL_OF_ABSENT_CLASS:
             raise ValueError(
                 "target: expected labels of classes with a finite class_bias, found a class with class_bias -inf"
                 f" (a class without training samples) {where}"
+            )
+        if code == LABEL_NOT_COUNTED:
+            raise IndexError(
+                f"target: expected labels in [0, C) or ignore_index, found another {place}; its row is not counted"
+            )
+        if code == PREDICTION_NOT_COUNTED:
+            raise IndexError(
+                f"input: expected predicted labels in [0, C), found another {place}; its row is not counted"
             )
         raise RuntimeError(
             "backward: expected the state of a forward on the same backend, found another's (was use_backend called"

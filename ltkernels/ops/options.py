@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 
 class Reduction(IntEnum):
@@ -173,3 +174,34 @@ class ExpertLinearOptions(NamedTuple):
     def reduction(self) -> int:
         """The result is not reduced."""
         return Reduction.NONE
+
+
+class ProductType(IntEnum):
+    """What a linear loss multiplies."""
+
+    INPUT = 0
+    """Features and classifier as they are, which are of one type."""
+    BFLOAT16 = 1
+    FLOAT16 = 2
+
+
+class LinearOptions(NamedTuple):
+    """Scalars of the products in a linear loss, which stand behind those of the loss."""
+
+    normalize: bool = False
+    """Whether logits are cosines."""
+    products: int = ProductType.INPUT
+    chunk_rows: int = 0
+    """Rows of a chunk; 0 for the rule of ops/chunked_linear.py."""
+
+
+def _linear(name: str, loss: type[Any]) -> type[Any]:
+    kinds = {**get_type_hints(loss), **get_type_hints(LinearOptions)}
+    made = namedtuple(name, kinds, defaults=(*loss._field_defaults.values(), *LinearOptions()))  # type: ignore[misc]
+    made.__annotations__ = kinds
+    made.__doc__ = f"Scalars of {loss.__name__} and, behind them, of :class:`LinearOptions`, in the schema's order."
+    return made
+
+
+LinearCrossEntropyOptions = _linear("LinearCrossEntropyOptions", CrossEntropyOptions)
+LinearRowCrossEntropyOptions = _linear("LinearRowCrossEntropyOptions", RowCrossEntropyOptions)

@@ -66,6 +66,7 @@ TABLE = backends.Table(
         backends.Implementation("cpu", "cpu", lambda *call: _cpu_op()(*call)),
         backends.Implementation("reference", None, _reference),
     ],
+    kernels="sampling",
 )
 """Implementations of sample_indices, fastest first. All give the same bits."""
 

@@ -1,7 +1,9 @@
 """What an op with a gradient is, and who computes it: one callable each way for every backend.
 
 ``forward(*tensors, *options, with_gradient)`` returns the loss, the state that the backward needs and, where it was
-asked for and the backend computes it then, the gradient of the logits. ``backward(grad, state, *tensors, *options,
+asked for and the backend computes it then, the gradient of the logits. (Of an implementation with ``all_gradients``,
+``with_gradient`` says for each of the op's gradients whether it is needed, and what comes third has a method
+``times(grad)``, which returns them for an upstream gradient, once.) ``backward(grad, state, *tensors, *options,
 *need, inplace)`` returns the gradients of the tensors that have one, empty where not needed.
 """
 

@@ -68,10 +68,13 @@ def expert_cross_entropy(
         u = _adjusted_logits(z[e], of_expert[0], of_expert[1], options.scale)
         if of_expert[2] is not None:
             u = u.scatter_add(1, label[:, None], -options.scale * of_expert[2][label][:, None])
-        w = z.new_ones(rows) if weight is None else weight[e].to(dtype)[label]
-        nll = -torch.log_softmax(u, dim=1).gather(1, label[:, None])[:, 0]
-        losses.append(torch.where(valid, _masked_product(r * w, nll), 0.0))
-        totals.append(torch.where(valid, r * w, 0.0).sum())
+        share = r if weight is None else r * weight[e].to(dtype)[label]
+        # What has no share adds nothing: also where no class is left, as of an expert that knows none, and a softmax
+        # would be 0 / 0.
+        nothing = (share == 0) & torch.isneginf(u).all(dim=1)
+        nll = -torch.log_softmax(torch.where(nothing[:, None], 0.0, u), dim=1).gather(1, label[:, None])[:, 0]
+        losses.append(torch.where(valid, _masked_product(share, nll), 0.0))
+        totals.append(torch.where(valid, share, 0.0).sum())
 
     divergences = z.new_zeros(rows)
     mean = z.mean(dim=0)

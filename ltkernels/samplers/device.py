@@ -19,7 +19,7 @@ from ltkernels.samplers.strategies import Draws
 class DeviceBatches:
     """Batches of a sampler's stream, of tensors on one device: for classifiers that are trained on cached features.
 
-    ``batches()`` gives the next batch. Position and epoch are tensors on the device that each call advances, so a call
+    ``batches()`` gives the next batch. On a GPU position and epoch are tensors there that each call advances, so a call
     can be captured in a CUDA graph, whose every replay then is the next batch; nothing waits for the device.
     ``for batch in batches`` gives those of one epoch. The samples are those that the sampler itself would give; of an
     epoch's last ones fewer than a batch are left out.
@@ -77,8 +77,12 @@ class DeviceBatches:
         self._class_index = draws.class_index.to(device)
         self._class_draws = None if draws.class_draws is None else draws.class_draws.to(device)
         self._steps = sampler._epoch_length(0) // of_all
-        self._position = torch.zeros((), dtype=torch.int64, device=device)  # of this rank's next sample
-        self._epoch = torch.zeros((), dtype=torch.int64, device=device)
+        # Of this rank's next sample. Numbers on the CPU: there is no graph to capture, and advancing tensors took
+        # as long there as drawing and gathering a small batch.
+        self._position: int | Tensor = 0
+        self._epoch: int | Tensor = 0
+        if device.type != "cpu":
+            self._position, self._epoch = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         running = sampler._last is not None and not sampler._last.ended
         self._go_to(sampler._place if running else sampler._next_place)
 
@@ -91,8 +95,13 @@ class DeviceBatches:
                 f"sampler, state_dict: expected a position that is a multiple of {of_all}, the samples of a batch,"
                 f" found {place.position}"
             )
-        self._position.fill_(self.sampler._rank if ended else place.position + self.sampler._rank)
-        self._epoch.fill_(place.epoch + ended)
+        position = self.sampler._rank + (0 if ended else place.position)
+        epoch = place.epoch + ended
+        if isinstance(self._position, Tensor) and isinstance(self._epoch, Tensor):
+            self._position.fill_(position)  # captured graphs have these tensors
+            self._epoch.fill_(epoch)
+        else:
+            self._position, self._epoch = position, epoch
 
     def __call__(self) -> tuple[Tensor, ...]:
         """The next batch: of each tensor the rows of the same samples."""

@@ -17,9 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltkernels.triton.distillation_kernels import _finite
 from ltkernels.triton.expert_cross_entropy_kernels import _of_mean
-from ltkernels.triton.sums import FOREIGN_STATE, LOG2_E, add_splits
+from ltkernels.triton.sums import LOG2_E, add_splits, finite, inverse_of
 from ltkernels.triton.tiles import (
     ROW_AXIS,
     are_classes,
@@ -76,13 +75,7 @@ def _value(x, top, inverse, MODE: tl.constexpr):
 @triton.jit
 def _one(end, error, MODE: tl.constexpr, T: tl.constexpr):
     """1; NaN and a report if the state is the reference's, which keeps no softmaxes."""
-    one = tl.full((), 1.0, T)
-    if MODE != LOGITS:
-        one = tl.load(end)
-        if one < 0:
-            tl.store(error, FOREIGN_STATE)
-            one = one * float("nan")
-    return one
+    return tl.full((), 1.0, T) if MODE == LOGITS else inverse_of(end, error)
 
 
 @triton.jit
@@ -156,11 +149,11 @@ def forward_kernel(
                     at = pointers(base, group, row, columns, input_group, input_class, input_row, UNIT, VEC)
                     x = tl.load(at, mask=mask, other=NOTHING).to(T)
                     higher = tl.maximum(top, lane_max(x))
-                    reference = _finite(higher)
+                    reference = finite(higher)
                     e_x = lane_sum(tl.exp2((x - of_lanes(reference)) * LOG2_E))
                     total = total * tl.exp2((top - reference) * LOG2_E) + e_x
                     top = higher
-                highest = _finite(tl.max(top, 1))
+                highest = finite(tl.max(top, 1))
                 total = tl.sum(total * tl.exp2((top - highest[:, None]) * LOG2_E), 1)
                 tl.store(softmaxes + 2 * e, highest, mask=exists)
                 tl.store(softmaxes + 2 * e + 1, 1.0 / total, mask=exists)
@@ -211,7 +204,7 @@ def forward_kernel(
                 confidence = tl.load(mean + row.to(tl.int64) * classes + last_class, mask=exists, other=0.0)
                 if MODE != PROBS:
                     if k == 0:
-                        highest = _finite(confidence)
+                        highest = finite(confidence)
                         total = tl.zeros((R, L), T)
                         for start in range(0, end, K * L):
                             columns = start + all_columns

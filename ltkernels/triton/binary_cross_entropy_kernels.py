@@ -13,20 +13,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltkernels.triton.philox import philox
-from ltkernels.triton.row_loss import log1p, power
-from ltkernels.triton.sums import FOREIGN_STATE, LOG2_E, OUT_OF_RANGE, add_splits, finish_batch, labels
+from ltkernels.triton.philox import class_words, philox
+from ltkernels.triton.row_loss import log1p, masked_term, power
+from ltkernels.triton.sums import LOG2_E, OUT_OF_RANGE, finish_batch, finish_class_sums, inverse_of, labels
 from ltkernels.triton.tiles import (
-    ROW_AXIS,
     are_classes,
-    are_rows,
+    chunk_of_classes,
     lane_max,
     lane_sum,
     no_logits,
     of_rows,
     pointers,
+    row_offsets,
+    rows_of_tile,
+    share_of_tiles,
     tile_columns,
-)  # fmt: skip
+)
 
 _NEGATIVE_DROPS = tl.constexpr(5)  # csrc/common/philox.h
 
@@ -65,12 +67,6 @@ def _negative(z, gamma, clip, FOCAL: tl.constexpr, CLIP: tl.constexpr):
 
 
 @triton.jit
-def _masked(coefficient, value):
-    """The product, where a coefficient of zero takes out an infinite value, but not NaN."""
-    return tl.where((coefficient == 0) & (value > 1e30), 0.0, coefficient * value)
-
-
-@triton.jit
 def _has_positive(
     target, group, place, exists, classes, target_group, target_class, target_row,
     UNIT: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
@@ -88,12 +84,11 @@ def _has_positive(
 
 @triton.jit
 def _rows(
-    target, weight, sample_weight, foreground_keep, background_keep, group, place, exists, classes, inner,
+    target, weight, sample_weight, foreground_keep, background_keep, row, group, place, exists, classes,
     target_group, target_class, target_row, ignore_index, background_index, HOT: tl.constexpr, T: tl.constexpr,
     UNIT: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Of the rows at ``place`` ``[R]``: positive columns or -1, factors, which are background, used, and wrong."""
-    row = group.to(tl.int64) * inner + place
     factor = tl.full((R,), 1.0, T)
     if sample_weight is not None:
         factor = tl.load(sample_weight + row, mask=exists, other=0.0)
@@ -107,7 +102,7 @@ def _rows(
                 target, group, place, exists, classes, target_group, target_class, target_row, UNIT, VEC, K, R, L
             )
     else:
-        offsets = group.to(tl.int64) * target_group + place.to(tl.int64) * target_row
+        offsets = row_offsets(group, place, target_group, target_row)
         label, ignored, known = labels(target, offsets, exists, classes, ignore_index)
         used = exists & ~ignored
         background = used & (label == background_index) & (label >= 0)
@@ -156,10 +151,7 @@ def _elements(
             word, _, _, _ = philox(row, step, _NEGATIVE_DROPS, key)
             draw = of_rows((word >> 8).to(T) * 5.9604644775390625e-8)
         else:
-            position = of_rows(row * ((classes + 3) // 4)) + columns // 4
-            r0, r1, r2, r3 = philox(position, step, _NEGATIVE_DROPS, key)
-            of_four = columns % 4
-            word = tl.where(of_four < 2, tl.where(of_four == 0, r0, r1), tl.where(of_four == 2, r2, r3))
+            word = class_words(of_rows(row), columns, classes, step, _NEGATIVE_DROPS, key)
             draw = (word >> 8).to(T) * 5.9604644775390625e-8
         kept = draw < tl.where(of_rows(background), back, fore)
         if SCORED:
@@ -167,7 +159,7 @@ def _elements(
         negative = tl.where(kept, negative, 0.0)
     of_neg, slope_neg = _negative(x, tl.full((), gamma_neg, T), tl.full((), clip, T), FOCAL_NEG, CLIP)
     of_pos, slope_pos = _negative(-x, tl.full((), gamma_pos, T), tl.full((), 0.0, T), FOCAL_POS, False)
-    loss = _masked(positive, of_pos) + _masked(negative, of_neg)
+    loss = masked_term(positive, of_pos) + masked_term(negative, of_neg)
     return loss, positive * slope_pos, negative * slope_neg
 
 
@@ -200,18 +192,14 @@ def rows_kernel(
 ):  # fmt: skip
     """Losses of rows, and by the last program that of the batch and 1 / denominator."""
     T: tl.constexpr = inverse.dtype.element_ty
-    blocks = tl.cdiv(inner, R)
-    share = tl.cdiv(groups * blocks, tl.num_programs(0))
-    first = tl.program_id(0) * share
     loss_sum = tl.zeros((R,), tl.float64)
     count = tl.zeros((R,), tl.float64)
-    for tile in range(first, tl.minimum(first + share, groups * blocks)):
-        group = tile // blocks
-        place = tile % blocks * R + tl.arange(0, R)
-        exists = are_rows(place, inner, UNIT, VEC)
+    first, last, blocks = share_of_tiles(tl.program_id(0), tl.num_programs(0), groups, inner, R)
+    for tile in range(first, last):
+        group, place, exists, _ = rows_of_tile(tile, blocks, inner, UNIT, VEC, R)
         row = group.to(tl.int64) * inner + place
         y, factor, background, used, wrong = _rows(
-            target, weight, sample_weight, foreground_keep, background_keep, group, place, exists, classes, inner,
+            target, weight, sample_weight, foreground_keep, background_keep, row, group, place, exists, classes,
             target_group, target_class, target_row, ignore_index, background_index, HOT, T, UNIT, VEC, K, R, L,
         )  # fmt: skip
         tl.store(error + tl.zeros_like(place), OUT_OF_RANGE, mask=wrong)
@@ -221,7 +209,7 @@ def rows_kernel(
             inside = are_classes(columns, classes, UNIT, VEC)
             x = pointers(input, group, place, columns, input_group, input_class, input_row, UNIT, VEC)
             x = tl.load(x, mask=inside & of_rows(exists), other=-float("inf")).to(T)
-            of_logits, _, _ = _elements(
+            of_logits, positive, negative = _elements(
                 target, pos_weight, neg_weight, foreground_keep, background_keep, draw_step, x, columns, inside, row,
                 group, place, exists, y, factor, background, classes, target_group, target_class, target_row,
                 alpha_pos, alpha_neg, gamma_pos, gamma_neg, clip, score_logit, seed, HOT, FOCAL_POS, FOCAL_NEG, CLIP,
@@ -251,26 +239,17 @@ def columns_kernel(
     ROW_DRAWS: tl.constexpr,
     UNIT: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """The columns' part of the state. Programs are numbered chunks of columns first, then shares of the rows."""
+    """The columns' part of the state."""
     T: tl.constexpr = state.dtype.element_ty
-    chunks = tl.cdiv(classes, K * L)
-    chunk = tl.program_id(0) % chunks
-    split = tl.program_id(0) // chunks
-    splits = tl.num_programs(0) // chunks
-    columns = chunk * (K * L) + tile_columns(K, L)
-    inside = are_classes(columns, classes, UNIT, VEC)
-    blocks = tl.cdiv(inner, R)
-    share = tl.cdiv(groups * blocks, splits)
-    first = split * share
+    chunk, split, splits, columns, inside = chunk_of_classes(classes, UNIT, VEC, K, L)
     of_positives = no_logits(K, R, L, T)
     of_negatives = of_positives
-    for tile in range(first, tl.minimum(first + share, groups * blocks)):
-        group = tile // blocks
-        place = tile % blocks * R + tl.arange(0, R)
-        exists = are_rows(place, inner, UNIT, VEC)
+    first, last, blocks = share_of_tiles(split, splits, groups, inner, R)
+    for tile in range(first, last):
+        group, place, exists, _ = rows_of_tile(tile, blocks, inner, UNIT, VEC, R)
         row = group.to(tl.int64) * inner + place
         y, factor, background, used, _ = _rows(
-            target, weight, sample_weight, foreground_keep, background_keep, group, place, exists, classes, inner,
+            target, weight, sample_weight, foreground_keep, background_keep, row, group, place, exists, classes,
             target_group, target_class, target_row, ignore_index, background_index, HOT, T, UNIT, VEC, K, R, L,
         )  # fmt: skip
         x = pointers(input, group, place, columns, input_group, input_class, input_row, UNIT, VEC)
@@ -283,15 +262,10 @@ def columns_kernel(
         )  # fmt: skip
         of_positives += tl.where(of_rows(used), positive, 0.0)
         of_negatives += tl.where(of_rows(used), negative, 0.0)
-    mine = split.to(tl.int64) * classes + columns
-    others = splits.to(tl.int64) * classes
-    tl.store(partials + mine, tl.sum(of_positives, ROW_AXIS, keep_dims=True), mask=inside)
-    tl.store(partials + others + mine, tl.sum(of_negatives, ROW_AXIS, keep_dims=True), mask=inside)
-    tl.debug_barrier()  # the ticket is taken by one thread, which has to have seen what the others stored
-    if tl.atomic_add(tickets + chunk, 1, sem="acq_rel") == splits - 1:
-        tl.store(tickets + chunk, 0)
-        add_splits(state, partials, columns, inside, splits, classes, R)
-        add_splits(state + classes, partials + others, columns, inside, splits, classes, R)
+    finish_class_sums(
+        of_positives, of_negatives, state, state + classes, partials, tickets, chunk, split, splits, columns, inside,
+        classes, R,
+    )  # fmt: skip
 
 
 @triton.jit(
@@ -311,33 +285,19 @@ def backward_kernel(
     ROW_DRAWS: tl.constexpr,
     UNIT: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the logits. Programs are numbered as columns_kernel's are."""
+    """The gradient of the logits."""
     T: tl.constexpr = inverse.dtype.element_ty
-    chunks = tl.cdiv(classes, K * L)
-    chunk = tl.program_id(0) % chunks
-    split = tl.program_id(0) // chunks
-    splits = tl.num_programs(0) // chunks
-    columns = chunk * (K * L) + tile_columns(K, L)
-    inside = are_classes(columns, classes, UNIT, VEC)
-    factor_of_all = tl.load(inverse)
-    if factor_of_all < 0:  # the state of the reference, which keeps nothing there
-        tl.store(error, FOREIGN_STATE)
-        factor_of_all = factor_of_all * float("nan")
-    blocks = tl.cdiv(inner, R)
-    share = tl.cdiv(groups * blocks, splits)
-    first = split * share
-    for tile in range(first, tl.minimum(first + share, groups * blocks)):
-        group = tile // blocks
-        place = tile % blocks * R + tl.arange(0, R)
-        exists = are_rows(place, inner, UNIT, VEC)
+    chunk, split, splits, columns, inside = chunk_of_classes(classes, UNIT, VEC, K, L)
+    factor_of_all = inverse_of(inverse, error)
+    first, last, blocks = share_of_tiles(split, splits, groups, inner, R)
+    for tile in range(first, last):
+        group, place, exists, _ = rows_of_tile(tile, blocks, inner, UNIT, VEC, R)
         row = group.to(tl.int64) * inner + place
         y, factor, background, used, _ = _rows(
-            target, weight, sample_weight, foreground_keep, background_keep, group, place, exists, classes, inner,
+            target, weight, sample_weight, foreground_keep, background_keep, row, group, place, exists, classes,
             target_group, target_class, target_row, ignore_index, background_index, HOT, T, UNIT, VEC, K, R, L,
         )  # fmt: skip
-        upstream = tl.load(
-            grad + group.to(tl.int64) * grad_group + place.to(tl.int64) * grad_row, mask=exists, other=0.0
-        )
+        upstream = tl.load(grad + row_offsets(group, place, grad_group, grad_row), mask=exists, other=0.0)
         x = pointers(input, group, place, columns, input_group, input_class, input_row, UNIT, VEC)
         x = tl.load(x, mask=inside & of_rows(exists), other=-float("inf")).to(T)
         _, positive, negative = _elements(

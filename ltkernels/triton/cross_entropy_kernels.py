@@ -24,32 +24,36 @@ from ltkernels.triton.row_loss import finish_label_row, finish_probability_row, 
 from ltkernels.triton.sums import (
     ABSENT_CLASS,
     FINISHED,
-    FOREIGN_STATE,
     LOG2_E,
     OUT_OF_RANGE,
     add,
-    add_splits,
+    add_exponentials,
     adjusted,
     finish_batch,
+    finish_class_sums,
     get,
+    inverse_of,
+    join_label,
     labels,
+    over_lanes,
     put,
     smoothing_per_class,
     tables,
+    used_labels,
 )
 from ltkernels.triton.tiles import (
     _ROWS,
-    ROW_AXIS,
     are_classes,
-    are_rows,
-    lane_max,
-    lane_sum,
+    chunk_of_classes,
     no_logits,
     of_lanes,
     of_rows,
     pointers,
+    row_offsets,
+    rows_of_tile,
+    share_of_tiles,
     tile_columns,
-)  # fmt: skip
+)
 
 # --- Forward ---
 
@@ -64,7 +68,6 @@ def _finish_rows(
     """Losses and states of the rows [begin, end), a row a thread; returns their sums of losses and denominators."""
     T: tl.constexpr = state.dtype.element_ty
     PROBABILITIES: tl.constexpr = target.dtype.element_ty.is_floating()
-    NOTHING: tl.constexpr = -float("inf")
     soft = smoothing_per_class(label_smoothing, class_bias, classes, SMOOTHING, T)
     loss_sum = tl.zeros((FINISHED,), tl.float64)
     weight_sum = tl.zeros((FINISHED,), tl.float64)
@@ -96,33 +99,28 @@ def _finish_rows(
             if reduction == 3:
                 counted = tl.full((FINISHED,), 1.0, T)
         else:
-            group = (row // inner).to(tl.int64)
-            place = (row % inner).to(tl.int64)
-            offsets = group * target_group + place * target_row
-            y, ignored, known = labels(target, offsets, exists, classes, ignore_index)
-            used = exists & known & ~ignored
-            wrong = tl.where(exists & ~ignored & ~known, OUT_OF_RANGE, 0)
-            x = input + group * input_group + place * input_row + y * input_class
-            u = tl.load(x, mask=used, other=0.0).to(T)
+            group = row // inner
+            place = row % inner
+            offsets = row_offsets(group, place, target_group, target_row)
+            y, used = used_labels(target, offsets, exists, classes, ignore_index)
+            found = y >= 0
+            wrong = tl.where(used & ~found, OUT_OF_RANGE, 0)
+            x = input + row_offsets(group, place, input_group, input_row) + y.to(tl.int64) * input_class
+            u = tl.load(x, mask=found, other=0.0).to(T)
             w = tl.full((FINISHED,), 1.0, T)
             if class_scale is not None:
-                u *= tl.load(class_scale + y, mask=used, other=1.0)
+                u *= tl.load(class_scale + y, mask=found, other=1.0)
             if class_bias is not None:
-                b = tl.load(class_bias + y, mask=used, other=0.0)
+                b = tl.load(class_bias + y, mask=found, other=0.0)
                 u += b
-                wrong = tl.where(used & (b == NOTHING), ABSENT_CLASS, wrong)
+                wrong = tl.where(found & (b == -float("inf")), ABSENT_CLASS, wrong)
             if class_margin is not None:
-                u -= tl.load(class_margin + y, mask=used, other=0.0).to(T)
+                u -= tl.load(class_margin + y, mask=found, other=0.0).to(T)
             else:
                 u -= tl.full((), margin, T)
             if weight is not None:
-                w = tl.load(weight + y, mask=used, other=0.0)
-            # The label joins the other classes: the maximum may rise to it.
-            raised = tl.maximum(u, top)
-            rise = tl.where(top == NOTHING, 0.0, raised - top)
-            others = total * tl.exp2(-rise * scale * LOG2_E)
-            at_label = tl.exp2((u - raised) * (scale * LOG2_E))
-            top = raised
+                w = tl.load(weight + y, mask=found, other=0.0)
+            top, rise, others, at_label = join_label(u, top, total, scale * LOG2_E)
             below = scale * (top - u)
             if SMOOTHING:
                 smooth_distance += weighted(smooth_total, scale * rise) + weighted(w, below)
@@ -132,7 +130,7 @@ def _finish_rows(
                 label_smoothing, soft, gamma, z, focal_weighted, focal_detached,
             )  # fmt: skip
             tl.store(error + tl.zeros_like(row), wrong, mask=wrong > 0)
-            without = ignored | (wrong > 0)
+            without = ~used | (wrong > 0)
             nothing = tl.where(wrong > 0, float("nan"), 0.0).to(T)
             value = tl.where(without, nothing, value)
             top = tl.where(without, nothing, top)
@@ -140,7 +138,7 @@ def _finish_rows(
             factor = tl.where(without, nothing, factor)
             rest = tl.where(without, nothing, rest)
             counted = tl.where((wrong > 0) | (reduction == 3), 1.0, r * w)
-            counted = tl.where(ignored, 0.0, counted)
+            counted = tl.where(used, counted, 0.0)
         put(state, row, exists, 0, top, 4)
         put(state, row, exists, 1, probability, 4)
         put(state, row, exists, 2, factor, 4)
@@ -185,23 +183,17 @@ def forward_kernel(
     if ONE:  # every tile has the same classes
         inside = are_classes(all_columns, classes, UNIT, VEC)
         a, b, w, ws = tables(weight, class_scale, class_bias, all_columns, inside, T)
-    blocks = tl.cdiv(inner, R)
-    share = tl.cdiv(groups * blocks, tl.num_programs(0))
-    first = tl.program_id(0) * share
-    last = tl.minimum(first + share, groups * blocks)
+    first, last, blocks = share_of_tiles(tl.program_id(0), tl.num_programs(0), groups, inner, R)
 
     for tile in range(first, last):
-        group = tile // blocks
-        place = tile % blocks * R + tl.arange(0, R)
-        exists = are_rows(place, inner, UNIT, VEC)
-        row = group * inner + place
+        group, place, exists, row = rows_of_tile(tile, blocks, inner, UNIT, VEC, R)
         end = K * L if ONE else classes
         if not PROBABILITIES:
-            offsets = group.to(tl.int64) * target_group + place.to(tl.int64) * target_row
+            offsets = row_offsets(group, place, target_group, target_row)
             y, ignored, known = labels(target, offsets, exists, classes, ignore_index)
-            y = tl.where(known, y, -1).to(tl.int32)
+            y = tl.where(known & ~ignored, y, -1).to(tl.int32)
             if not ONE:  # of long rows, what nobody asks for is not read: that is worth waiting for the labels
-                end = tl.where(tl.max((exists & known & ~ignored).to(tl.int32), 0) > 0, classes, 0)
+                end = tl.where(tl.max(y, 0) >= 0, classes, 0)
         # The maximum of every lane so far, and its sums relative to that.
         top = tl.full((R, 1) if ONE else (R, L), NOTHING, T)
         total = tl.zeros((R, L), T)
@@ -221,12 +213,7 @@ def forward_kernel(
                 at_label = columns == of_rows(y)
                 u = tl.where(at_label, NOTHING, u)  # out of maximum and sum; _finish_rows adds it
                 reached = tl.where(at_label, 0.0, ws)
-            higher = lane_max(u)
-            higher = tl.max(higher, 1)[:, None] if ONE else tl.maximum(top, higher)
-            reference = tl.where(higher == NOTHING, 0.0, higher)  # -inf - -inf is NaN
-            rise = tl.where(top == NOTHING, 0.0, reference - top)
-            e = lane_sum(tl.exp2((u - of_lanes(reference)) * s2))
-            total = e if ONE else total * tl.exp2(-rise * s2) + e
+            top, total, reference, rise = add_exponentials(top, total, u, s2, ONE)
             if SMOOTHING or PROBABILITIES:
                 below = tl.where(u == NOTHING, float("inf"), of_lanes(reference) - u)
             if SMOOTHING:
@@ -237,13 +224,10 @@ def forward_kernel(
                 target_total, target_distance = add(target_total, target_distance, t, below, rise)
                 if weight is not None:
                     weighted_total, weighted_distance = add(weighted_total, weighted_distance, w * t, below, rise)
-            top = higher
 
-        # Over the lanes.
-        highest = tl.max(top, 1)
-        climb = tl.where(top == NOTHING, 0.0, highest[:, None] - top)
+        highest, sum_of_row, climb = over_lanes(top, total, s2, ONE)
         put(sums, row, exists, 0, highest, WIDTH)
-        put(sums, row, exists, 1, tl.sum(total if ONE else total * tl.exp2(-climb * s2), 1), WIDTH)
+        put(sums, row, exists, 1, sum_of_row, WIDTH)
         if SMOOTHING:
             put(sums, row, exists, 2, tl.sum(smooth_total, 1), WIDTH)
             put(sums, row, exists, 3, tl.sum(smooth_distance + weighted(smooth_total, climb), 1), WIDTH)
@@ -287,42 +271,29 @@ def backward_kernel(
     ignore_index: tl.int64, label_smoothing: tl.float64, scale: tl.float64,
     SMOOTHING: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that are not None. Programs are numbered chunks of classes first, then splits of the rows."""
+    """The gradients that are not None."""
     T: tl.constexpr = state.dtype.element_ty
     PROBABILITIES: tl.constexpr = target.dtype.element_ty.is_floating()
     SUMS: tl.constexpr = d_scale is not None or d_bias is not None
     NOTHING: tl.constexpr = -float("inf")
-    chunks = tl.cdiv(classes, K * L)
-    chunk = tl.program_id(0) % chunks
-    split = tl.program_id(0) // chunks
-    splits = tl.num_programs(0) // chunks
-    columns = chunk * (K * L) + tile_columns(K, L)
-    inside = are_classes(columns, classes, UNIT, VEC)
+    chunk, split, splits, columns, inside = chunk_of_classes(classes, UNIT, VEC, K, L)
     a, b, w, ws = tables(weight, class_scale, class_bias, columns, inside, T)
     s = tl.full((), scale, T)
     eps = tl.full((), label_smoothing, T)
     soft = smoothing_per_class(eps, class_bias, classes, SMOOTHING, T)
-    inverse = tl.load(state + (groups * inner).to(tl.int64) * 4)
-    if inverse < 0:  # the state of the reference, which keeps nothing there
-        tl.store(error, FOREIGN_STATE)
-        inverse = inverse * float("nan")
+    inverse = inverse_of(state + (groups * inner).to(tl.int64) * 4, error)
     bias_sum = no_logits(K, R, L, T)
     scale_sum = no_logits(K, R, L, T)
-    blocks = tl.cdiv(inner, R)
-    share = tl.cdiv(groups * blocks, splits)
-    first = split * share
-    for tile in range(first, tl.minimum(first + share, groups * blocks)):
-        group = tile // blocks
-        place = tile % blocks * R + tl.arange(0, R)
-        exists = are_rows(place, inner, UNIT, VEC)
-        row = group * inner + place
+    first, last, blocks = share_of_tiles(split, splits, groups, inner, R)
+    for tile in range(first, last):
+        group, place, exists, row = rows_of_tile(tile, blocks, inner, UNIT, VEC, R)
         used = exists
         if not PROBABILITIES:
-            offsets = group.to(tl.int64) * target_group + place.to(tl.int64) * target_row
+            offsets = row_offsets(group, place, target_group, target_row)
             y, ignored, known = labels(target, offsets, exists, classes, ignore_index)
             y = tl.where(known, y, -1).to(tl.int32)
             used = exists & ~ignored
-        upstream = tl.load(grad + group.to(tl.int64) * grad_group + place.to(tl.int64) * grad_row, mask=used, other=0.0)
+        upstream = tl.load(grad + row_offsets(group, place, grad_group, grad_row), mask=used, other=0.0)
         factor = of_rows(tl.where(used, s * inverse * upstream.to(T), 0.0))
         top = of_rows(get(state, row, used, 0, 4))
         probability = of_rows(get(state, row, used, 1, 4)) * factor
@@ -358,17 +329,6 @@ def backward_kernel(
             tl.store(out, d.to(d_input.dtype.element_ty), mask=inside & of_rows(exists))
 
     if SUMS:
-        mine = partials + split.to(tl.int64) * classes + columns
-        if d_bias is not None:
-            tl.store(mine, tl.sum(bias_sum, ROW_AXIS, keep_dims=True), mask=inside)
-            mine += splits.to(tl.int64) * classes
-        if d_scale is not None:
-            tl.store(mine, tl.sum(scale_sum, ROW_AXIS, keep_dims=True), mask=inside)
-        tl.debug_barrier()
-        if tl.atomic_add(tickets + chunk, 1, sem="acq_rel") == splits - 1:
-            tl.store(tickets + chunk, 0)
-            if d_bias is not None:
-                add_splits(d_bias, partials, columns, inside, splits, classes, R)
-            if d_scale is not None:
-                others = partials if d_bias is None else partials + splits.to(tl.int64) * classes
-                add_splits(d_scale, others, columns, inside, splits, classes, R)
+        finish_class_sums(
+            bias_sum, scale_sum, d_bias, d_scale, partials, tickets, chunk, split, splits, columns, inside, classes, R
+        )

@@ -143,7 +143,7 @@ def _variant(way: str, dtype: torch.dtype, classes: int, given: tuple[str, ...] 
             plan_forward(shape, logits, second, False, 132, _logits(dtype.itemsize)),
         )
         types |= {"loss": computed, "partials": "*fp64", "tickets": "*i32"}
-        types |= {"mean": computed} if diverse else {}
+        types |= {"mean": computed} if diverse or "teacher" in given else {}
     else:
         kernel, flags = backward_kernel, (diverse,)
         plan = plan_backward(shape, logits, second, logits, (), 0, False, 132, _logits(dtype.itemsize))
@@ -153,7 +153,7 @@ def _variant(way: str, dtype: torch.dtype, classes: int, given: tuple[str, ...] 
 
 
 def variants() -> list[Variant]:
-    """Instantiations that stand for all: RIDE before and after its weights, SADE, everything; short and long rows."""
+    """Instantiations that stand for all: RIDE early and late, SADE, a teacher alone, everything; short, long rows."""
     bf16, f32, f64 = torch.bfloat16, torch.float32, torch.float64
     late = ("class_margin", "weight", "temperature")
     everything = (*late, "class_scale", "class_bias", "sample_weight", "teacher")
@@ -166,5 +166,6 @@ def variants() -> list[Variant]:
         ]
         found += [_variant(f"{way}_late", dtype, 1000, late) for dtype in (bf16, f32)]
         found += [_variant(f"{way}_sade", dtype, 1000, ("class_bias",), diverse=False) for dtype in (bf16, f32)]
+        found += [_variant(f"{way}_distilled", dtype, 1000, ("teacher",), diverse=False) for dtype in (bf16, f32)]
         found += [_variant(f"{way}_all", bf16, 1000, everything), _variant(f"{way}_ride", f64, 1000, ("class_margin",))]
     return found

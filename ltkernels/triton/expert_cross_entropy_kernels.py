@@ -15,9 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltkernels.triton.distillation_kernels import _divergence, _finite
-from ltkernels.triton.row_loss import log1p, weighted
-from ltkernels.triton.sums import ABSENT_CLASS, FOREIGN_STATE, LOG2_E, OUT_OF_RANGE, labels
+from ltkernels.triton.row_loss import divergence, log1p, masked_term
+from ltkernels.triton.sums import ABSENT_CLASS, LOG2_E, OUT_OF_RANGE, add_up, finite, inverse_of, labels
 from ltkernels.triton.tiles import (
     _CLASSES,
     are_classes,
@@ -29,8 +28,6 @@ from ltkernels.triton.tiles import (
     pointers,
     tile_columns,
 )
-
-_PARTIALS = tl.constexpr(256)  # programs' sums that the last one adds at a time
 
 
 @triton.jit
@@ -58,16 +55,6 @@ def _of_mean(mean, row, columns, classes, UNIT: tl.constexpr, VEC: tl.constexpr)
 
 
 @triton.jit
-def _total(partials, programs):
-    """The sum over the programs, in a fixed order."""
-    total = tl.zeros((_PARTIALS,), tl.float64)
-    for start in range(0, programs, _PARTIALS):
-        one = start + tl.arange(0, _PARTIALS)
-        total += tl.load(partials + one, mask=one < programs, other=0.0)
-    return tl.sum(total)
-
-
-@triton.jit
 def _finish_batch(loss, tail, partials, tickets, experts, reduction, empty_zero):
     """The batch's loss and denominators, by the program that comes last.
 
@@ -83,16 +70,16 @@ def _finish_batch(loss, tail, partials, tickets, experts, reduction, empty_zero)
         if tl.atomic_add(tickets, 1, sem="acq_rel") == programs - 1:
             tl.store(tickets, 0)
             others = partials + 2 * experts * programs
-            count = _total(others + programs, programs)
-            total = _total(others, programs)
+            count = add_up(others + programs, programs)
+            total = add_up(others, programs)
             weights = tl.zeros((), tl.float64)
             if reduction > 1:
                 total = total / tl.where(count == 0.0, 1.0, count)
                 tl.store(tail + experts, 1.0 / tl.where(count == 0.0, 1.0, count))
             for e in range(experts):
-                part = _total(partials + 2 * e * programs, programs)
+                part = add_up(partials + 2 * e * programs, programs)
                 if reduction > 1:
-                    weight = tl.where(reduction == 3, count, _total(partials + (2 * e + 1) * programs, programs))
+                    weight = tl.where(reduction == 3, count, add_up(partials + (2 * e + 1) * programs, programs))
                     inverse = tl.where(weight == 0.0, 0.0, 1.0 / tl.where(weight == 0.0, 1.0, weight))
                     tl.store(tail + e, inverse)
                     part = tl.where(weight == 0.0, 0.0, part * inverse)
@@ -180,7 +167,7 @@ def forward_kernel(
                     top = tl.maximum(top, lane_max(_softened(z, temperature, columns, inside)))
             tl.debug_barrier()  # it may be read by other threads than wrote it
             if DIVERSE:
-                mean_max = _finite(tl.max(top, 1))
+                mean_max = finite(tl.max(top, 1))
                 total = tl.zeros((R, L), T)
                 for start in range(0, end, K * L):
                     columns = start + all_columns
@@ -204,8 +191,8 @@ def forward_kernel(
                 t = pointers(teacher, group, row, columns, teacher_group, teacher_class, teacher_row, UNIT, VEC)
                 top_a = tl.maximum(top_a, lane_max(z * tau))
                 top_b = tl.maximum(top_b, lane_max(tl.load(t, mask=mask, other=NOTHING).to(T) * tau))
-            max_a = _finite(tl.max(top_a, 1))
-            max_b = _finite(tl.max(top_b, 1))
+            max_a = finite(tl.max(top_a, 1))
+            max_b = finite(tl.max(top_b, 1))
             sum_a = tl.zeros((R, L), T)
             sum_b = tl.zeros((R, L), T)
             excess = tl.zeros((R, L), T)
@@ -223,14 +210,15 @@ def forward_kernel(
                 sum_b += lane_sum(eb)
                 excess += lane_sum(ea - eb)
                 distance += lane_sum(tl.where(eb != 0.0, eb * (b - a), 0.0))
-            sum_a = tl.sum(sum_a, 1)
-            sum_b = tl.sum(sum_b, 1)
-            kl = _divergence(sum_a, sum_b, tl.sum(excess, 1), tl.sum(distance, 1))
+            student, of_teacher = tl.sum(sum_a, 1), tl.sum(sum_b, 1)
+            kl = divergence(student, of_teacher, tl.sum(excess, 1), tl.sum(distance, 1))
             tl.store(of_sample + 2, max_a, mask=exists)
-            tl.store(of_sample + 3, 1.0 / sum_a, mask=exists)
+            tl.store(of_sample + 3, 1.0 / student, mask=exists)
             tl.store(of_sample + 4, max_b, mask=exists)
-            tl.store(of_sample + 5, 1.0 / sum_b, mask=exists)
-            value += weighted(tl.full((), distillation, T) * r, kl)
+            tl.store(of_sample + 5, 1.0 / of_teacher, mask=exists)
+            # masked_term, in the form in which ptxas keeps nothing on the stack without diversity.
+            of_kl = tl.full((), distillation, T) * r
+            value += of_kl * tl.where((of_kl == 0.0) & (kl > 1e30), 0.0, kl)
 
         losses = tl.zeros((R,), T)
         for e in range(experts):
@@ -247,7 +235,7 @@ def forward_kernel(
                 if DIVERSE:
                     top_a = tl.maximum(top_a, lane_max(_softened(x, temperature, columns, inside)))
             max_u = tl.max(top_u, 1)
-            max_a = _finite(tl.max(top_a, 1))
+            max_a = finite(tl.max(top_a, 1))
             others = tl.zeros((R, L), T)
             sum_a = tl.zeros((R, L), T)
             excess = tl.zeros((R, L), T)
@@ -260,7 +248,7 @@ def forward_kernel(
                 x = tl.load(at, mask=mask, other=NOTHING).to(T)
                 u = _adjusted(x, s, class_scale, class_bias, e, classes, columns, inside)
                 u = tl.where((columns == of_rows(y)) | ~inside, NOTHING, u)
-                others += lane_sum(tl.exp2((u - of_rows(_finite(max_u))) * LOG2_E))
+                others += lane_sum(tl.exp2((u - of_rows(finite(max_u))) * LOG2_E))
                 if DIVERSE:
                     z = tl.load(_of_mean(mean, row, columns, classes, UNIT, VEC), mask=mask, other=NOTHING)
                     a = _softened(x, temperature, columns, inside) - of_rows(max_a)
@@ -286,8 +274,11 @@ def forward_kernel(
             if class_margin is not None:
                 own -= tl.load(class_margin + e * classes + y, mask=used, other=0.0)
             own *= s
+            of_others = tl.sum(others, 1)
+            # What has no weight adds nothing, also where no class is left and the softmax would be 0 / 0.
+            own = tl.where((r * w + of_others == 0.0) & (own == NOTHING), 0.0, own)
             raised = tl.maximum(own, max_u)
-            rest = tl.sum(others, 1) * tl.exp2(tl.where(max_u == NOTHING, 0.0, max_u - raised) * LOG2_E)
+            rest = of_others * tl.exp2(tl.where(max_u == NOTHING, 0.0, max_u - raised) * LOG2_E)
             at_label = tl.exp2((own - raised) * LOG2_E)
             sum_u = at_label + rest
             confident = at_label > rest
@@ -298,7 +289,7 @@ def forward_kernel(
             tl.store(states + 5 * e, tl.where(without, nothing, raised), mask=exists)
             tl.store(states + 5 * e + 1, tl.where(without, nothing, 1.0 / sum_u), mask=exists)
             tl.store(states + 5 * e + 2, tl.where(without, nothing, -rest / sum_u), mask=exists)
-            nll = tl.where(without, nothing, weighted(r * w, nll))
+            nll = tl.where(without, nothing, masked_term(r * w, nll))
             losses += nll
             if reduction > 0:  # summed in memory: as many registers as there are experts would be too many
                 sums = mine + 2 * e * programs
@@ -309,11 +300,11 @@ def forward_kernel(
                 tl.store(sums, loss_sum)
                 tl.store(sums + programs, weight_sum)
             if DIVERSE:
-                sum_a = tl.sum(sum_a, 1)
-                kl = _divergence(sum_a, mean_total, tl.sum(excess, 1), tl.sum(distance, 1))
+                of_expert = tl.sum(sum_a, 1)
+                kl = divergence(of_expert, mean_total, tl.sum(excess, 1), tl.sum(distance, 1))
                 tl.store(states + 5 * e + 3, max_a, mask=exists)
-                tl.store(states + 5 * e + 4, 1.0 / sum_a, mask=exists)
-                value += weighted(factor * r, kl)
+                tl.store(states + 5 * e + 4, 1.0 / of_expert, mask=exists)
+                value += masked_term(factor * r, kl)
 
         tl.store(error + tl.zeros_like(row), wrong, mask=wrong > 0)
         value = tl.where(counted, value, 0.0)
@@ -361,10 +352,7 @@ def backward_kernel(
     columns = tl.program_id(0) % chunks * (K * L) + tile_columns(K, L)
     inside = are_classes(columns, classes, UNIT, VEC)
     tail = state + (groups * inner).to(tl.int64) * width
-    inverse_count = tl.load(tail + experts)
-    if inverse_count < 0:  # the state of the reference, which keeps nothing there
-        tl.store(error, FOREIGN_STATE)
-        inverse_count = inverse_count * float("nan")
+    inverse_count = inverse_of(tail + experts, error)
     factor = tl.full((), diversity, T) * inverse_count
     t = tl.full((), 1.0, T)
     if temperature is not None:
@@ -385,6 +373,8 @@ def backward_kernel(
         states = state + row.to(tl.int64) * width
         of_sample = states + 5 * experts
         upstream = tl.load(grad + row.to(tl.int64) * grad_row, mask=used, other=0.0).to(T)
+        # NaN: there is nothing of the experts' cross-entropies either.
+        upstream = tl.where(inverse_count == inverse_count, upstream, inverse_count)
         r = upstream
         if sample_weight is not None:
             r = upstream * tl.load(sample_weight + row.to(tl.int64), mask=used, other=0.0)

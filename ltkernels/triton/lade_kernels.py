@@ -16,45 +16,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ltkernels.triton.row_loss import log1p
+from ltkernels.triton.row_loss import finish_label
 from ltkernels.triton.sums import (
     ABSENT_CLASS,
     FINISHED,
-    FOREIGN_STATE,
     LOG2_E,
     OUT_OF_RANGE,
-    _divided,
+    add_exponentials,
+    add_up,
+    divided,
+    finite,
     get,
+    inverse_of,
+    join_label,
     labels,
+    over_lanes,
     put,
+    used_labels,
 )
 from ltkernels.triton.tiles import (
     _ROWS,
     ROW_AXIS,
     are_classes,
-    are_rows,
-    lane_max,
-    lane_sum,
+    chunk_of_classes,
     no_logits,
-    of_lanes,
     of_rows,
     pointers,
+    row_offsets,
+    rows_of_tile,
+    share_of_tiles,
     tile_columns,
-)  # fmt: skip
-
-_SUMS = tl.constexpr(256)  # of other programs, added at a time
+)
 
 # --- Forward: down the columns ---
-
-
-@triton.jit
-def _add_up(sums, count):
-    """Float64 numbers in memory, in a fixed order."""
-    total = tl.zeros((_SUMS,), tl.float64)
-    for start in range(0, count, _SUMS):
-        one = start + tl.arange(0, _SUMS)
-        total += tl.load(sums + one, mask=one < count, other=0.0)
-    return tl.sum(total)
 
 
 @triton.jit
@@ -73,13 +67,13 @@ def _finish_chunk(
     """The state of a chunk's classes, from the sums of all splits; returns the chunk's part of the regulariser."""
     NOTHING: tl.constexpr = -float("inf")
     T: tl.constexpr = class_states.dtype.element_ty
-    rows = _add_up(counts, splits)
+    rows = add_up(counts, splits)
     top = tl.full(columns.shape, NOTHING, T)
     for start in range(0, splits, R):
         split = start + tl.arange(0, R)
         part = _part(partials, split, splits, columns, inside, classes, 0, NOTHING)
         top = tl.maximum(top, tl.max(part, ROW_AXIS, keep_dims=True))
-    top = tl.where(top == NOTHING, 0.0, top)  # -inf - -inf is NaN
+    top = finite(top)
     total = tl.zeros(columns.shape, tl.float64)
     own = tl.zeros(columns.shape, tl.float64)
     number = tl.full(columns.shape, 1e-8, tl.float64)
@@ -121,33 +115,22 @@ def columns_kernel(
     ignore_index: tl.int64, remine_lambda: tl.float64, strength: tl.float64,
     UNIT: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """The classes' part of the state, and in ``sums`` the regulariser of each chunk of them.
-
-    Programs are numbered chunks of classes first, then splits of the rows.
-    """
+    """The classes' part of the state, and in ``sums`` the regulariser of each chunk of them."""
     T: tl.constexpr = state.dtype.element_ty
     NOTHING: tl.constexpr = -float("inf")
     chunks = tl.cdiv(classes, K * L)
-    chunk = tl.program_id(0) % chunks
-    split = tl.program_id(0) // chunks
-    splits = tl.num_programs(0) // chunks
-    columns = chunk * (K * L) + tile_columns(K, L)
-    inside = are_classes(columns, classes, UNIT, VEC)
+    chunk, split, splits, columns, inside = chunk_of_classes(classes, UNIT, VEC, K, L)
     total = no_logits(K, R, L, T)
     top = total + NOTHING
     own = total
     number = total
     count = tl.zeros((R,), tl.int32)
-    blocks = tl.cdiv(inner, R)
-    share = tl.cdiv(groups * blocks, splits)
-    first = split * share
-    for tile in range(first, tl.minimum(first + share, groups * blocks)):
-        group = tile // blocks
-        place = tile % blocks * R + tl.arange(0, R)
-        exists = are_rows(place, inner, UNIT, VEC)
-        offsets = group.to(tl.int64) * target_group + place.to(tl.int64) * target_row
-        y, ignored, known = labels(target, offsets, exists, classes, ignore_index)
-        used = exists & known & ~ignored
+    first, last, blocks = share_of_tiles(split, splits, groups, inner, R)
+    for tile in range(first, last):
+        group, place, exists, _ = rows_of_tile(tile, blocks, inner, UNIT, VEC, R)
+        offsets = row_offsets(group, place, target_group, target_row)
+        y, _ = used_labels(target, offsets, exists, classes, ignore_index)
+        used = y >= 0
         count += used.to(tl.int32)
         mask = inside & of_rows(exists if UNIT == _ROWS else used)
         x = pointers(input, group, place, columns, input_group, input_class, input_row, UNIT, VEC)
@@ -158,16 +141,15 @@ def columns_kernel(
         if UNIT == _ROWS:
             u = tl.where(of_rows(used), u, NOTHING)
         higher = tl.maximum(top, u)
-        reference = tl.where(higher == NOTHING, 0.0, higher)
+        reference = finite(higher)
         total = total * tl.exp2((top - reference) * LOG2_E) + tl.exp2((u - reference) * LOG2_E)
         top = higher
-        mine = columns == of_rows(tl.where(used, y, -1).to(tl.int32))
+        mine = columns == of_rows(y)
         own += tl.where(mine, x, 0.0)
         number += mine.to(T)
 
     highest = tl.max(top, ROW_AXIS, keep_dims=True)
-    reference = tl.where(highest == NOTHING, 0.0, highest)
-    total = tl.sum(total * tl.exp2((top - reference) * LOG2_E), ROW_AXIS, keep_dims=True)
+    total = tl.sum(total * tl.exp2((top - finite(highest)) * LOG2_E), ROW_AXIS, keep_dims=True)
     mine = partials + split.to(tl.int64) * 4 * classes + columns
     tl.store(mine, highest, mask=inside)
     tl.store(mine + classes, total, mask=inside)
@@ -196,51 +178,40 @@ def _finish_rows(
 ):  # fmt: skip
     """States of the rows [begin, end), a row a thread; returns the sum of their losses, and their number."""
     T: tl.constexpr = state.dtype.element_ty
-    NOTHING: tl.constexpr = -float("inf")
     loss_sum = tl.zeros((FINISHED,), tl.float64)
     count = tl.zeros((FINISHED,), tl.float64)
     for start in range(begin, end, FINISHED):
         row = start + tl.arange(0, FINISHED)
         exists = row < end
-        group = (row // inner).to(tl.int64)
-        place = (row % inner).to(tl.int64)
-        y, ignored, known = labels(
-            target, group * target_group + place * target_row, exists, classes, ignore_index
-        )  # fmt: skip
-        used = exists & known & ~ignored
-        wrong = tl.where(exists & ~ignored & ~known, OUT_OF_RANGE, 0)
+        group = row // inner
+        place = row % inner
+        offsets = row_offsets(group, place, target_group, target_row)
+        y, used = used_labels(target, offsets, exists, classes, ignore_index)
+        found = y >= 0
+        wrong = tl.where(used & ~found, OUT_OF_RANGE, 0)
         value = tl.zeros((FINISHED,), T)
         top, inverse, rest = value, value, value
         if class_bias is not None:
-            b = tl.load(class_bias + y, mask=used, other=0.0)
-            wrong = tl.where(used & (b == NOTHING), ABSENT_CLASS, wrong)
+            b = tl.load(class_bias + y, mask=found, other=0.0)
+            wrong = tl.where(found & (b == -float("inf")), ABSENT_CLASS, wrong)
         if WITH_CE:
-            x = input + group * input_group + place * input_row + y * input_class
-            u = tl.load(x, mask=used, other=0.0).to(T)
+            x = input + row_offsets(group, place, input_group, input_row) + y.to(tl.int64) * input_class
+            u = tl.load(x, mask=found, other=0.0).to(T)
             if class_bias is not None:
                 u += b
-            top = get(state, row, exists, 0, 3)
-            others = get(state, row, exists, 1, 3)
-            # The label joins the other classes: the maximum may rise to it.
-            raised = tl.maximum(u, top)
-            others *= tl.exp2(tl.where(top == NOTHING, 0.0, top - raised) * LOG2_E)
-            at_label = tl.exp2((u - raised) * LOG2_E)
-            top = raised
-            total = others + at_label
-            confident = at_label > others
-            ratio = tl.where(confident, others / at_label, 0.0)
-            value = tl.where(confident, log1p(ratio), raised - u + tl.log(total))
-            inverse = 1.0 / total
-            rest = -others / total
+            top, _, others, at_label = join_label(
+                u, get(state, row, exists, 0, 3), get(state, row, exists, 1, 3), LOG2_E
+            )
+            value, inverse, rest = finish_label(others, at_label, top - u)
         tl.store(error + tl.zeros_like(row), wrong, mask=wrong > 0)
-        without = ignored | (wrong > 0)
+        without = ~used | (wrong > 0)
         nothing = tl.where(wrong > 0, float("nan"), 0.0).to(T)
         put(state, row, exists, 0, tl.where(without, nothing, top), 3)
         put(state, row, exists, 1, tl.where(without, nothing, inverse), 3)
         put(state, row, exists, 2, tl.where(without, nothing, rest), 3)
         value = tl.where(without, nothing, value)
         loss_sum += tl.where(exists, value, 0.0).to(tl.float64)
-        count += (exists & ~ignored).to(tl.float64)
+        count += used.to(tl.float64)
     return tl.sum(loss_sum), tl.sum(count)
 
 
@@ -268,22 +239,17 @@ def rows_kernel(
         inside = are_classes(all_columns, classes, UNIT, VEC)
         if class_bias is not None:
             bias = tl.load(class_bias + all_columns, mask=inside, other=0.0)
-    blocks = tl.cdiv(inner, R)
     programs = tl.num_programs(0)
-    share = tl.cdiv(groups * blocks, programs)
-    first = tl.program_id(0) * share
-    last = tl.minimum(first + share, groups * blocks)
+    first, last, blocks = share_of_tiles(tl.program_id(0), programs, groups, inner, R)
     if WITH_CE:
         for tile in range(first, last):
-            group = tile // blocks
-            place = tile % blocks * R + tl.arange(0, R)
-            exists = are_rows(place, inner, UNIT, VEC)
-            offsets = group.to(tl.int64) * target_group + place.to(tl.int64) * target_row
+            group, place, exists, row = rows_of_tile(tile, blocks, inner, UNIT, VEC, R)
+            offsets = row_offsets(group, place, target_group, target_row)
             y, ignored, known = labels(target, offsets, exists, classes, ignore_index)
+            y = tl.where(known & ~ignored, y, -1).to(tl.int32)
             end = K * L if ONE else classes
             if not ONE:  # of long rows, what nobody asks for is not read: that is worth waiting for the labels
-                end = tl.where(tl.max((exists & known & ~ignored).to(tl.int32), 0) > 0, classes, 0)
-            y = tl.where(known, y, -1).to(tl.int32)
+                end = tl.where(tl.max(y, 0) >= 0, classes, 0)
             # The maximum of every lane so far, and its sum relative to that.
             top = tl.full((R, 1) if ONE else (R, L), NOTHING, T)
             total = tl.zeros((R, L), T)
@@ -298,19 +264,10 @@ def rows_kernel(
                 if class_bias is not None:
                     u += bias
                 u = tl.where(columns == of_rows(y), NOTHING, u)  # _finish_rows adds the label
-                higher = lane_max(u)
-                higher = tl.max(higher, 1)[:, None] if ONE else tl.maximum(top, higher)
-                reference = tl.where(higher == NOTHING, 0.0, higher)  # -inf - -inf is NaN
-                e = lane_sum(tl.exp2((u - of_lanes(reference)) * LOG2_E))
-                total = e if ONE else total * tl.exp2((top - reference) * LOG2_E) + e
-                top = higher
-            # Over the lanes.
-            row = group * inner + place
-            highest = tl.max(top, 1)
+                top, total, _, _ = add_exponentials(top, total, u, LOG2_E, ONE)
+            highest, sum_of_row, _ = over_lanes(top, total, LOG2_E, ONE)
             put(state, row, exists, 0, highest, 3)
-            if not ONE:
-                total *= tl.exp2(tl.where(top == NOTHING, 0.0, top - highest[:, None]) * LOG2_E)
-            put(state, row, exists, 1, tl.sum(total, 1), 3)
+            put(state, row, exists, 1, sum_of_row, 3)
         tl.debug_barrier()  # the sums are read by other threads than wrote them
 
     loss_sum, count = _finish_rows(
@@ -323,9 +280,9 @@ def rows_kernel(
     tl.debug_barrier()
     if tl.atomic_add(tickets, 1, sem="acq_rel") == programs - 1:
         tl.store(tickets, 0)
-        mean, inverse = _divided(partials, programs, 3, 0)
+        mean, inverse = divided(partials, programs, 3, 0)
         tl.store(state + (groups * inner).to(tl.int64) * 3 + 3 * classes, inverse)
-        tl.store(loss, mean + tl.full((), strength, tl.float64) * _add_up(sums, chunks))
+        tl.store(loss, mean + tl.full((), strength, tl.float64) * add_up(sums, chunks))
 
 
 # --- Backward ---
@@ -348,15 +305,10 @@ def backward_kernel(
     WITH_CE: tl.constexpr, COLUMNS: tl.constexpr,
     UNIT: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the logits. COLUMNS: there is a regulariser. Programs are numbered as columns_kernel's are."""
+    """The gradient of the logits. COLUMNS: there is a regulariser."""
     T: tl.constexpr = state.dtype.element_ty
     NOTHING: tl.constexpr = -float("inf")
-    chunks = tl.cdiv(classes, K * L)
-    chunk = tl.program_id(0) % chunks
-    split = tl.program_id(0) // chunks
-    splits = tl.num_programs(0) // chunks
-    columns = chunk * (K * L) + tile_columns(K, L)
-    inside = are_classes(columns, classes, UNIT, VEC)
+    chunk, split, splits, columns, inside = chunk_of_classes(classes, UNIT, VEC, K, L)
     class_states = state + (groups * inner).to(tl.int64) * 3
     if COLUMNS:
         column_factor = tl.load(class_states + columns, mask=inside, other=0.0)
@@ -365,20 +317,13 @@ def backward_kernel(
     if class_bias is not None:
         bias = tl.load(class_bias + columns, mask=inside, other=0.0)
     upstream = tl.load(grad)
-    inverse = tl.load(class_states + 3 * classes)
-    if inverse < 0:  # the state of the reference, which keeps nothing there
-        tl.store(error, FOREIGN_STATE)
-        inverse = inverse * float("nan")
-        upstream = upstream * float("nan")
-    blocks = tl.cdiv(inner, R)
-    share = tl.cdiv(groups * blocks, splits)
-    first = split * share
-    for tile in range(first, tl.minimum(first + share, groups * blocks)):
-        group = tile // blocks
-        place = tile % blocks * R + tl.arange(0, R)
-        exists = are_rows(place, inner, UNIT, VEC)
-        row = group * inner + place
-        offsets = group.to(tl.int64) * target_group + place.to(tl.int64) * target_row
+    inverse = inverse_of(class_states + 3 * classes, error)
+    if inverse != inverse:
+        upstream = inverse
+    first, last, blocks = share_of_tiles(split, splits, groups, inner, R)
+    for tile in range(first, last):
+        group, place, exists, row = rows_of_tile(tile, blocks, inner, UNIT, VEC, R)
+        offsets = row_offsets(group, place, target_group, target_row)
         y, ignored, known = labels(target, offsets, exists, classes, ignore_index)
         used = exists & ~ignored
         at_label = columns == of_rows(tl.where(known, y, -1).to(tl.int32))

@@ -30,3 +30,11 @@ def philox(position, epoch, STREAM: tl.constexpr, seed):
         c0, c1, c2, c3 = high(odd) ^ c1 ^ k0, odd.to(tl.uint32), high(even) ^ c3 ^ k1, even.to(tl.uint32)
         k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
     return c0, c1, c2, c3
+
+
+@triton.jit
+def class_words(row, columns, classes, epoch, STREAM: tl.constexpr, seed):
+    """A word for each class of a row: a block is four neighbouring classes'."""
+    r0, r1, r2, r3 = philox(row.to(tl.int64) * ((classes + 3) // 4) + columns // 4, epoch, STREAM, seed)
+    place = columns % 4
+    return tl.where(place < 2, tl.where(place == 0, r0, r1), tl.where(place == 2, r2, r3))

@@ -1,7 +1,8 @@
-"""The row maths of csrc/common/row_loss.h in Triton: from the few sums that a row's sweep leaves to its loss and state.
+"""The row maths of csrc/common in Triton: from the few sums that a row's sweep leaves to its loss and state.
 
-The derivation stands in that header. Everything here is a vector with a value a row; it is called for many rows at once
-(one a thread), since what every thread of a row repeats for itself costs as much as the row's logits do.
+The derivations stand in row_loss.h and distillation_row.h. Everything here is a vector with a value a row; it is called
+for many rows at once (one a thread), since what every thread of a row repeats for itself costs as much as the row's
+logits do.
 
 The functions that neither Triton 3.4 nor its interpreter has are written out below: they have to keep the digits of
 small losses, which ``log(1 + x)`` and ``1 - exp(-x)`` round away.
@@ -22,11 +23,17 @@ def weighted(weight, value):
 
 
 @triton.jit
-def log1p(x):
-    """``log(1 + x)`` for ``0 <= x <= 1``, to the last digits of the smallest x.
+def masked_term(coefficient, value):
+    """The same, but NaN stays NaN: csrc/common/masked_term.h."""
+    return tl.where((coefficient == 0) & (value > 1e30), 0.0, coefficient * value)
 
-    It is ``2 atanh(z)`` with ``z = x / (2 + x) <= 1/3``, whose series ``2 (z + z^3 / 3 + z^5 / 5 + ...)`` loses nothing
-    and is finished after 8 terms (17 for float64): the next would add ``9^-8 / 17 = 1e-9`` (``9^-17 / 35 = 2e-18``).
+
+@triton.jit
+def log1p(x):
+    """``log(1 + x)`` for ``-1/2 <= x <= 1``, to the last digits of the smallest x.
+
+    It is ``2 atanh(z)`` with ``z = x / (2 + x)``, at most 1/3 in size, whose series ``2 (z + z^3 / 3 + ...)`` loses
+    nothing and is finished after 8 terms (17 for float64): the next would add ``9^-8 / 17 = 1e-9`` (``9^-17 / 35``).
     """
     TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 8
     z = x / (2.0 + x)
@@ -101,38 +108,11 @@ def with_influence(modulation, a, b, ce, rest, norm, alpha, eps, detached):
 
 
 @triton.jit
-def cosine_and_sine(angle):
-    """Of angles in ``[0, pi]``, by Taylor's series around pi / 2, an argument of at most pi / 2 then.
-
-    ``tl.cos`` is an approximation to 2^-21 in float32. The first term left out, ``(pi/2)^16 / 16!`` (``^26 / 26!``), is
-    less than 1e-10 (1e-21). Half of pi comes in two parts, so that the difference is exact where it is small.
-    """
-    LAST: tl.constexpr = 26 if angle.dtype == tl.float64 else 16
-    if angle.dtype == tl.float64:
-        t = (angle - 1.5707963267948966) - 6.123233995736766e-17
-    else:
-        t = (angle - 1.57079637050628662109375) + 4.37113900018624283e-8
-    square = t * t
-    even = tl.full(angle.shape, 1.0, angle.dtype)
-    odd = even
-    for n in tl.static_range(LAST // 2 - 1):  # powers LAST - 2, LAST - 4, ..., 2, in Horner's scheme
-        even = 1.0 - even * square * (1.0 / ((LAST - 2 * n - 2) * (LAST - 2 * n - 3)))
-        odd = 1.0 - odd * square * (1.0 / ((LAST - 2 * n - 2) * (LAST - 2 * n - 1)))
-    return -t * odd, even
-
-
-@triton.jit
-def arc_cosine(cosine, margin, straight_through):
-    """``cos(acos(c) + m)`` and its slope: csrc/common/row_adjustments.h."""
-    cos_m, sin_m = cosine_and_sine(margin)
-    squared = 1.0 - cosine * cosine
-    flat = ~(squared >= 1e-12)
-    sine = tl.sqrt(tl.where(flat, 1e-12, squared))
-    moved = cosine * cos_m - sine * sin_m
-    slope = tl.where(flat, cos_m, cos_m + cosine / sine * sin_m)
-    past_pi = ~(cosine > -cos_m)
-    slope = tl.where(past_pi | (straight_through != 0), 1.0, slope)
-    return tl.where(past_pi & (straight_through == 0), cosine - margin * sin_m, moved), slope
+def _label_nll(others, at_label, otherwise):
+    """-log p of labels, with the digits of a small one: ``otherwise`` is a difference of far larger numbers there."""
+    confident = at_label > others
+    ratio = tl.where(confident, others / at_label, 0.0)
+    return tl.where(confident, log1p(ratio), otherwise)
 
 
 @triton.jit
@@ -147,9 +127,7 @@ def finish_label_row(
     lse = maximum + log_sum
     p = at_label / total
     rest = others / total
-    confident = at_label > others
-    ratio = tl.where(confident, others / at_label, 0.0)
-    nll = tl.where(confident, log1p(ratio), label_distance + log_sum)
+    nll = _label_nll(others, at_label, label_distance + log_sum)
     hard = (1.0 - label_smoothing) * weight
     soft = smoothing_per_class
     ce = weighted(hard, nll)
@@ -185,3 +163,20 @@ def finish_probability_row(
     everything = a * (hard * weighted_total + soft * smooth_total) + b * target_total + 2.0 * z_loss * lse
     loss = weighted(modulation, ce) + tl.where(z_loss > 0, z_loss * lse * lse, 0.0)
     return weighted(row_weight, loss), row_weight * everything / total, row_weight * a, row_weight * b
+
+
+@triton.jit
+def finish_label(others, at_label, label_distance):
+    """-log p of labels in a plain softmax, and for the gradient 1 / sum and p - 1."""
+    total = others + at_label
+    return _label_nll(others, at_label, label_distance + tl.log(total)), 1.0 / total, -others / total
+
+
+@triton.jit
+def divergence(student, teacher, excess, distance):
+    """KL of rows from the sums A, B, A - B and ``sum_j e^(b_j) (b_j - a_j)``."""
+    relative = excess / teacher
+    near = (relative > -0.5) & (relative < 1.0)
+    log_ratio = tl.where(near, log1p(tl.where(near, relative, 0.0)), tl.log(student / teacher))
+    kl = distance / teacher + log_ratio
+    return tl.where(kl < 0.0, 0.0, kl)  # by rounding

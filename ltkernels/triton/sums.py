@@ -1,4 +1,8 @@
-"""What the kernels of every loss over rows share: labels, the tables of the classes, sums of a sweep and of a batch."""
+"""What the kernels of every loss over rows share: labels, the tables of the classes, sums of a sweep and of a batch.
+
+A sweep adds up exponentials relative to a maximum, each lane of a row for itself: where a row is more than a tile, the
+maximum rises on the way, and what was added before is scaled down to it.
+"""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -8,12 +12,13 @@ import triton
 import triton.language as tl
 
 from ltkernels.triton.row_loss import weighted
-from ltkernels.triton.tiles import ROW_AXIS, lane_sum, of_rows
+from ltkernels.triton.tiles import ROW_AXIS, lane_max, lane_sum, of_lanes, of_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FINISHED = tl.constexpr(128)
 """Rows that a program finishes at a time."""
 _PARTIALS = tl.constexpr(1024)  # programs' sums that the last one adds at a time
+_NUMBERS = tl.constexpr(256)  # the same in kernels that have few registers to spare
 OUT_OF_RANGE, ABSENT_CLASS, FOREIGN_STATE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 """Reports, as in ltkernels/ops/gpu.py."""
 
@@ -26,6 +31,13 @@ def labels(target, offsets, exists, classes, ignore_index):
     if target.dtype.element_ty == tl.uint64:
         ignored = ignored & (y >= 0)
     return y, ignored, (y >= 0) & (y < classes)
+
+
+@triton.jit
+def used_labels(target, offsets, exists, classes, ignore_index):
+    """Labels as int32, -1 where there is none to find in the row, and the rows that are not ignored."""
+    y, ignored, known = labels(target, offsets, exists, classes, ignore_index)
+    return tl.where(exists & known & ~ignored, y, -1).to(tl.int32), exists & ~ignored
 
 
 @triton.jit
@@ -79,10 +91,50 @@ def smoothing_per_class(label_smoothing, class_bias, classes, SMOOTHING: tl.cons
 
 
 @triton.jit
+def finite(top):
+    """A maximum to subtract: -inf - -inf is NaN."""
+    return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def add_exponentials(top, total, u, s2, ONE: tl.constexpr):
+    """Adds ``2^(s2 u)`` of a tile to the lanes' sums; ONE: a tile has whole rows, and one maximum is the row's.
+
+    Returns maxima and sums, what was subtracted of u, and how far that is above what was before.
+    """
+    higher = lane_max(u)
+    higher = tl.max(higher, 1)[:, None] if ONE else tl.maximum(top, higher)
+    reference = finite(higher)
+    rise = tl.where(top == -float("inf"), 0.0, reference - top)
+    e = lane_sum(tl.exp2((u - of_lanes(reference)) * s2))
+    return higher, e if ONE else total * tl.exp2((top - reference) * s2) + e, reference, rise
+
+
+@triton.jit
 def add(total, distance, coefficient, below, rise):
     """Adds a chunk's coefficients and ``coefficient * below``; what was added before is ``rise`` further below now."""
     distance = distance + weighted(total, rise) + lane_sum(weighted(coefficient, below))
     return total + lane_sum(coefficient), distance
+
+
+@triton.jit
+def over_lanes(top, total, s2, ONE: tl.constexpr):
+    """Maxima and sums of rows, from those of their lanes, and how far the maximum is above each lane's."""
+    highest = tl.max(top, 1)
+    reference = finite(highest)[:, None]
+    climb = tl.where(top == -float("inf"), 0.0, reference - top)
+    return highest, tl.sum(total if ONE else total * tl.exp2((top - reference) * s2), 1), climb
+
+
+@triton.jit
+def join_label(own, top, total, s2):
+    """The label joins the other classes, to whose maximum ``top`` their sum is relative: the maximum may rise to it.
+
+    Returns the maximum, how far it rose, and relative to it the others' sum and the label's exponential.
+    """
+    raised = tl.maximum(own, top)
+    rise = tl.where(top == -float("inf"), 0.0, raised - top)
+    return raised, rise, total * tl.exp2((top - raised) * s2), tl.exp2((own - raised) * s2)
 
 
 @triton.jit
@@ -96,7 +148,17 @@ def get(sums, row, exists, place: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _divided(partials, programs, reduction, empty_zero):
+def add_up(numbers, count):
+    """Float64 numbers in memory, in a fixed order."""
+    total = tl.zeros((_NUMBERS,), tl.float64)
+    for start in range(0, count, _NUMBERS):
+        one = start + tl.arange(0, _NUMBERS)
+        total += tl.load(numbers + one, mask=one < count, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def divided(partials, programs, reduction, empty_zero):
     """From the sums of all programs: the loss and 1 / denominator."""
     losses = tl.zeros((_PARTIALS,), tl.float64)
     weights = tl.zeros((_PARTIALS,), tl.float64)
@@ -133,13 +195,23 @@ def finish_batch(
         tl.debug_barrier()  # the ticket is taken by one thread, which has to have seen what the others stored
         if tl.atomic_add(tickets, 1, sem="acq_rel") == programs - 1:
             tl.store(tickets, 0)
-            total, inverse = _divided(partials, programs, reduction, empty_zero)
+            total, inverse = divided(partials, programs, reduction, empty_zero)
             tl.store(inverse_denominator, inverse)
             if second_loss_sum is not None:
-                of_second, inverse = _divided(partials + 2 * programs, programs, reduction, empty_zero)
+                of_second, inverse = divided(partials + 2 * programs, programs, reduction, empty_zero)
                 tl.store(inverse_denominator + 1, inverse)
                 total += of_second
             tl.store(loss, total)
+
+
+@triton.jit
+def inverse_of(inverse_denominator, error):
+    """What finish_batch left; NaN and a report if the state is the reference's, which keeps nothing there."""
+    inverse = tl.load(inverse_denominator)
+    if inverse < 0:
+        tl.store(error, FOREIGN_STATE)
+        inverse = inverse * float("nan")
+    return inverse
 
 
 @triton.jit
@@ -151,3 +223,28 @@ def add_splits(d_class, partials, columns, inside, splits, classes, R: tl.conste
         part = tl.load(partials + split.to(tl.int64) * classes + columns, mask=inside & (split < splits), other=0.0)
         total += tl.sum(part.to(tl.float64), ROW_AXIS, keep_dims=True)
     tl.store(d_class + columns, total, mask=inside)
+
+
+@triton.jit
+def finish_class_sums(
+    first_sum, second_sum, d_first, d_second, partials, tickets, chunk, split, splits, columns, inside, classes,
+    R: tl.constexpr,
+):  # fmt: skip
+    """From tiles of sums over a split's rows, the classes' sums over all rows, by the last program of a chunk.
+
+    One of ``d_first`` and ``d_second`` may be None.
+    """
+    mine = partials + split.to(tl.int64) * classes + columns
+    if d_first is not None:
+        tl.store(mine, tl.sum(first_sum, ROW_AXIS, keep_dims=True), mask=inside)
+        mine += splits.to(tl.int64) * classes
+    if d_second is not None:
+        tl.store(mine, tl.sum(second_sum, ROW_AXIS, keep_dims=True), mask=inside)
+    tl.debug_barrier()  # the ticket is taken by one thread, which has to have seen what the others stored
+    if tl.atomic_add(tickets + chunk, 1, sem="acq_rel") == splits - 1:
+        tl.store(tickets + chunk, 0)
+        if d_first is not None:
+            add_splits(d_first, partials, columns, inside, splits, classes, R)
+        if d_second is not None:
+            of_second = partials if d_first is None else partials + splits.to(tl.int64) * classes
+            add_splits(d_second, of_second, columns, inside, splits, classes, R)

@@ -237,3 +237,39 @@ def are_classes(columns, classes, UNIT: tl.constexpr, VEC: tl.constexpr):
 def are_rows(place, inner, UNIT: tl.constexpr, VEC: tl.constexpr):
     """Which places in a group are rows, the same for all that one access takes."""
     return place < (multiple(inner, VEC) if UNIT == _ROWS else inner)
+
+
+@triton.jit
+def share_of_tiles(split, splits, groups, inner, R: tl.constexpr):
+    """The tiles [first, last) of rows that are one of equal shares, and how many tiles a group has."""
+    blocks = tl.cdiv(inner, R)
+    share = tl.cdiv(groups * blocks, splits)
+    first = split * share
+    return first, tl.minimum(first + share, groups * blocks), blocks
+
+
+@triton.jit
+def rows_of_tile(tile, blocks, inner, UNIT: tl.constexpr, VEC: tl.constexpr, R: tl.constexpr):
+    """Of a tile's rows: their group, places in it ``[R]``, which of them exist, and their numbers."""
+    group = tile // blocks
+    place = tile % blocks * R + tl.arange(0, R)
+    return group, place, are_rows(place, inner, UNIT, VEC), group * inner + place
+
+
+@triton.jit
+def row_offsets(group, place, stride_group, stride_row):
+    """Where rows lie in a tensor that has a number for each, or their class 0 in one of logits."""
+    return group.to(tl.int64) * stride_group + place.to(tl.int64) * stride_row
+
+
+@triton.jit
+def chunk_of_classes(classes, UNIT: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, L: tl.constexpr):
+    """Of a program that has a chunk of the classes and a split of the rows: both, how many splits, and the classes.
+
+    Programs are numbered chunks first: those that run together read neighbouring parts of the same rows.
+    """
+    chunks = tl.cdiv(classes, K * L)
+    chunk = tl.program_id(0) % chunks
+    columns = chunk * (K * L) + tile_columns(K, L)
+    inside = are_classes(columns, classes, UNIT, VEC)
+    return chunk, tl.program_id(0) // chunks, tl.num_programs(0) // chunks, columns, inside
