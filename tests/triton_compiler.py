@@ -25,13 +25,16 @@ import ltkernels.triton
 
 for _path in Path(ltkernels.triton.__file__).parent.glob("*.py"):
     import_module(f"ltkernels.triton.{_path.stem}" if _path.stem != "__init__" else "ltkernels.triton")
-# The kernels are decorated by now, as for a GPU. This lets the backend serve CPU tensors.
-os.environ["TRITON_INTERPRET"] = "1"
 
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
+
+
+def pytest_configure() -> None:
+    """The kernels are decorated by now, as for a GPU. This lets the backend serve CPU tensors."""
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class _TranslatedError(Exception):

@@ -275,8 +275,6 @@ def forward_kernel(
                 own -= tl.load(class_margin + e * classes + y, mask=used, other=0.0)
             own *= s
             of_others = tl.sum(others, 1)
-            # What has no weight adds nothing, also where no class is left and the softmax would be 0 / 0.
-            own = tl.where((r * w + of_others == 0.0) & (own == NOTHING), 0.0, own)
             raised = tl.maximum(own, max_u)
             rest = of_others * tl.exp2(tl.where(max_u == NOTHING, 0.0, max_u - raised) * LOG2_E)
             at_label = tl.exp2((own - raised) * LOG2_E)
@@ -285,7 +283,8 @@ def forward_kernel(
             ratio = tl.where(confident, rest / at_label, 0.0)
             nll = tl.where(confident, log1p(ratio), raised - own + tl.log(sum_u))
             nothing = tl.where(wrong > 0, float("nan"), 0.0).to(T)
-            without = ~used | (wrong > 0)
+            # What has no weight adds nothing, also where no class is left and the softmax would be 0 / 0.
+            without = ~used | (wrong > 0) | ((r * w + of_others == 0.0) & (own == NOTHING))
             tl.store(states + 5 * e, tl.where(without, nothing, raised), mask=exists)
             tl.store(states + 5 * e + 1, tl.where(without, nothing, 1.0 / sum_u), mask=exists)
             tl.store(states + 5 * e + 2, tl.where(without, nothing, -rest / sum_u), mask=exists)
@@ -353,6 +352,8 @@ def backward_kernel(
     inside = are_classes(columns, classes, UNIT, VEC)
     tail = state + (groups * inner).to(tl.int64) * width
     inverse_count = inverse_of(tail + experts, error)
+    if not DIVERSE and teacher is None:  # whose terms are NaN by themselves
+        s += inverse_count - inverse_count
     factor = tl.full((), diversity, T) * inverse_count
     t = tl.full((), 1.0, T)
     if temperature is not None:
@@ -373,8 +374,6 @@ def backward_kernel(
         states = state + row.to(tl.int64) * width
         of_sample = states + 5 * experts
         upstream = tl.load(grad + row.to(tl.int64) * grad_row, mask=used, other=0.0).to(T)
-        # NaN: there is nothing of the experts' cross-entropies either.
-        upstream = tl.where(inverse_count == inverse_count, upstream, inverse_count)
         r = upstream
         if sample_weight is not None:
             r = upstream * tl.load(sample_weight + row.to(tl.int64), mask=used, other=0.0)
