@@ -40,6 +40,7 @@ if missing := [name for name in ("numpy", "torch", "rich", "matplotlib") if impo
 import longtail_data
 import longtail_plan
 import longtail_report as report
+from longtail_arguments import at_least_one
 from longtail_plan import DEFAULT, SAMPLERS, TITLES, Task, work
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -150,9 +151,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"the samples of an epoch: one of {', '.join(SAMPLERS)} (default: %(default)s, every sample once)",
     )
     parser.add_argument(
-        "--epochs", type=_at_least_one, help="epochs a run, LFME a stage (default: the data set's recipe)"
+        "--epochs", type=at_least_one, help="epochs a run, LFME a stage (default: the data set's recipe)"
     )
-    parser.add_argument("--seeds", type=_at_least_one, default=2, help="runs of each method (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least_one, default=2, help="runs of each method (default: %(default)s)")
     parser.add_argument(
         "--vs-gamma",
         type=_not_negative,
@@ -167,7 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--backend", choices=BACKENDS, help="backend of ltkernels (default: the fastest there is)")
     parser.add_argument(
-        "--workers", type=_at_least_one, default=_cores(), help="processes (default: the cores, %(default)s)"
+        "--workers", type=at_least_one, default=_cores(), help="processes (default: the cores, %(default)s)"
     )
     parser.add_argument(
         "--out",
@@ -188,13 +189,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"argument --out: expected a folder, found the file {args.out}")
     return args
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text) if text.lstrip("-").isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, found {text!r}")
-    return number
 
 
 def _not_negative(text: str) -> float:

@@ -8,9 +8,7 @@ python python/integrations/accelerate_loop.py --out runs/accelerate --resume    
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import demo
 import torch
@@ -23,7 +21,6 @@ import ltkernels as ltk
 from ltkernels.integrations.accelerate import epoch_batches
 
 BATCH = 32  # of all processes together
-LOSSES = ("la", "ce")
 
 
 class Position:
@@ -40,16 +37,7 @@ class Position:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Trains and prints a line. Returns its figures: none, if it was stopped before the end."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loss", choices=LOSSES, default=LOSSES[0])
-    parser.add_argument("--sampler", choices=("instance", "class_balanced", "square_root"), default="instance")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="folder for the checkpoint of a run that is stopped")
-    parser.add_argument("--stop-after", type=int, metavar="STEPS")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    args = parser.parse_args(argv)
-    if (args.resume or args.stop_after is not None) and args.out is None:
-        parser.error("--resume and --stop-after need --out")
+    args = demo.resumable(__doc__, argv)
 
     torch.set_num_threads(1)  # a model this small is slower on more
     accelerator = Accelerator(cpu=True)

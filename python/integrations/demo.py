@@ -5,7 +5,9 @@ The data is scikit-learn's digits, whose training part is cut to an exponential 
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import ltkernels as ltk  # noqa: E402
 
 CLASSES = 10
 PIXELS = 64
+LOSSES = ("la", "ce")
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,18 @@ def line(name: str, accuracy: dict[str, float]) -> str:
     """One line of a table."""
     figures = "  ".join(f"{key} {accuracy[key]:6.1%}" for key in ("balanced", "many", "medium", "few"))
     return f"{name:<28} {figures}"
+
+
+def resumable(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a program that can be stopped and go on."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loss", choices=LOSSES, default=LOSSES[0])
+    parser.add_argument("--sampler", choices=("instance", "class_balanced", "square_root"), default="instance")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="folder for the checkpoint of a run that is stopped")
+    parser.add_argument("--stop-after", type=int, metavar="STEPS")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    args = parser.parse_args(argv)
+    if (args.resume or args.stop_after is not None) and args.out is None:
+        parser.error("--resume and --stop-after need --out")
+    return args

@@ -44,6 +44,7 @@ import longtail_data
 import longtail_report as report
 import torch
 import torch.nn.functional as F
+from longtail_arguments import at_least_one
 from longtail_features import Stage, stage_one
 from rich.console import Console
 from torch import Tensor, nn
@@ -315,10 +316,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="METHOD",
         help=f"one or more of {', '.join(METHODS)} (default: all)",
     )
-    parser.add_argument("--seeds", type=_at_least_one, default=2, help="runs of each method (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least_one, default=2, help="runs of each method (default: %(default)s)")
     parser.add_argument(
         "--epochs",
-        type=_at_least_one,
+        type=at_least_one,
         help=f"epochs of stage two (default: {EPOCHS['crt']} of cRT, {EPOCHS['lws']} of LWS)",
     )
     parser.add_argument("--out", type=Path, help="folder of results and of stage one (default: runs/crt/DATA)")
@@ -329,13 +330,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"argument --out: expected a folder, found the file {args.out}")
     return args
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text) if text.isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, found {text!r}")
-    return number
 
 
 if __name__ == "__main__":

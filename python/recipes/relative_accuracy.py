@@ -38,6 +38,7 @@ if missing := [name for name in ("numpy", "torch", "rich") if importlib.util.fin
 import longtail_data
 import numpy as np
 import torch
+from longtail_arguments import at_least_one
 from longtail_data import LongTailData
 from numpy.typing import NDArray
 from rich.console import Console
@@ -189,18 +190,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="METHOD",
         help=f"one or more of {', '.join(METHODS)} (default: all)",
     )
-    parser.add_argument("--seeds", type=_at_least_one, default=3, help="runs of each training (default: %(default)s)")
-    parser.add_argument("--epochs", type=_at_least_one, default=EPOCHS, help="of a training (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least_one, default=3, help="runs of each training (default: %(default)s)")
+    parser.add_argument("--epochs", type=at_least_one, default=EPOCHS, help="of a training (default: %(default)s)")
     args = parser.parse_args(argv)
     args.method = [method for method in METHODS if method in args.method]
     return args
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text) if text.isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, found {text!r}")
-    return number
 
 
 if __name__ == "__main__":
