@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ltkernels import losses
-from ltkernels.bench import main, peers, report, runner, targets
+from ltkernels.bench import figures, main, peers, report, runner, targets
 from ltkernels.bench.device import Cpu, Sample
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
 from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
@@ -337,34 +337,41 @@ def readme_table() -> ModuleType:
     return module
 
 
-def test_readme_figures_are_generated_dated_and_checked(readme_table: ModuleType, ldam_records, tmp_path: Path):
-    readme = tmp_path / "README.md"
-    report.write_records(ldam_records, tmp_path / "cpu.jsonl")
-    draws = {"op": "sampling", "variant": "balanced", "scenario": "1000x10", "ratio": {"torch.multinomial": 0.0213}}
+def test_documents_show_the_result_files(readme_table: ModuleType, ldam_records, tmp_path: Path):
+    readme, results = tmp_path / "README.md", tmp_path / "RESULTS.md"
     ours = next(record for record in ldam_records if record["peer"] == peers.OURS)
+    for op, part in readme_table.PARTS.items():
+        scenarios = figures.SUMMARY_SCENARIOS.get(op, ("1000x10",))
+        records = [ours | {"op": op, "variant": op, "scenario": scenario} for scenario in scenarios]
+        report.write_records(records, tmp_path / part.file)
+    for_summary = [r | {"scenario": "512x8142"} for r in ldam_records if r["scenario"] == ours["scenario"]]
+    report.write_records([*ldam_records, *for_summary], tmp_path / "cpu.jsonl")
+    draws = {"op": "sampling", "variant": "balanced", "scenario": "1000x10", "ratio": {"torch.multinomial": 0.0213}}
     report.write_records([ours | draws], tmp_path / "cpu-sampling.jsonl")
-    names = [name for name, *_ in readme_table.PARTS.values()]
-    for op, (_, file, _) in readme_table.PARTS.items():
-        if not (tmp_path / file).exists():
-            report.write_records([ours | {"op": op, "variant": op}], tmp_path / file)
-    assert names[0] == "figures" and names[-1] == "sampling"
-    blocks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in names]
+    blocks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in ("sampling", "figures")]
     readme.write_text("# title\n" + "between\n".join(blocks) + "tail\n")
-    paths = ["--results", str(tmp_path), "--readme", str(readme)]
+    paths = ["--results", str(tmp_path), "--readme", str(readme), "--all", str(results)]
     assert readme_table.main([*paths, "--check"]) == 1
-    assert "old" in readme.read_text(), "--check changes nothing"
+    assert "old" in readme.read_text() and not results.exists(), "--check changes nothing"
     assert readme_table.main(paths) == 0
     assert readme_table.main([*paths, "--check"]) == 0
     text = readme.read_text()
     assert text.startswith("# title\n") and text.endswith("\ntail\n") and "old" not in text
+    drawn, _, losses = text.partition("between")
+    assert "| class-balanced / torch.multinomial | 0.021 |" in drawn
+    eager = next(record for record in for_summary if record["peer"] == peers.EAGER)
+    assert f"| LDAM | {report.duration(ours['p50_us'])} | {ours['ratio'][peers.EAGER]:#.2g} |" in losses
+    assert eager["scenario"] in losses and "128x100" not in losses
+    text = results.read_text()
     assert ldam_records[0]["cpu"] in text and ldam_records[0]["utc"][:10] in text and "CIFAR-100-LT" in text
     assert "imbalanced-losses" not in text, "a form that was not measured has no row"
-    assert "| class-balanced / torch.multinomial | 0.021 |" in text.partition("between")[2]
+    results.write_text(text.replace("LDAM", "LDAN"))
+    assert readme_table.main([*paths, "--check"]) == 1
 
 
 def test_readme_cells_hold_the_values_of_the_records():
     records = [our_record("la_weight", "256x1000"), our_record("la_weight", "256x1000", threads=2, p50_us=600.0)]
-    text = report.readme_figures(records, "the command")
+    text = figures.table(records, "the command")
     assert "| **LA + weight**, time | 1.23 ms / 600 µs |" in text
     assert "| LA + weight / plain PyTorch | 0.40 / 0.40 |" in text
     assert "`the command`" in text
@@ -374,7 +381,7 @@ def test_readme_without_markers_or_records_is_refused(readme_table: ModuleType, 
     with pytest.raises(ValueError, match="each once"):
         readme_table.with_figures("no markers", "figures")
     with pytest.raises(ValueError, match="found none"):
-        report.readme_figures([our_record("ce", "256x1000", dtype="bfloat16")], "x")
+        figures.table([our_record("ce", "256x1000", dtype="bfloat16")], "x")
 
 
 def test_shipped_results_can_be_read():

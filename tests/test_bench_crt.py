@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ltkernels.bench import main, peers, peers_crt, report, runner
+from ltkernels.bench import figures, main, peers, peers_crt, report, runner
 from ltkernels.bench.device import Cpu
 from ltkernels.bench.peers_crt import CRT_VARIANTS, Variant, measure
 from ltkernels.bench.scenarios import Scenario, scenario
@@ -166,6 +166,6 @@ def test_tables_tell_samples_a_second(capsys: pytest.CaptureFixture[str], tmp_pa
     [ours] = [record for record in records if (record["peer"], record["variant"]) == (peers.OURS, "crt")]
     printed, rate = capsys.readouterr().out, f"{ours['samples_per_second']:,}"
     assert "samples/s" in printed and rate in printed
-    text = report.readme_figures(records, "the command", "crt")
+    text = figures.table(records, "the command", "crt")
     assert f"| cRT, a step, samples a second | {rate} |" in text
     assert "| LWS, a step / DataLoader, the usual form | " in text

@@ -48,7 +48,7 @@ def on_files(files: Files, config: MkDocsConfig, **kwargs: Any) -> Files:
         if found[1] == "plot"
     }
     for op in sorted(asked):
-        source = RESULTS / _part(op)[1]
+        source = RESULTS / _part(op).file
         picture = PICTURES / f"{op}.svg"
         newest = max(source.stat().st_mtime, Path(plot.__file__).stat().st_mtime)
         if not picture.exists() or picture.stat().st_mtime < newest:
@@ -97,7 +97,7 @@ def public_names(module: str) -> list[str]:
     return [name for name in found.__all__ if not isinstance(getattr(found, name), ModuleType)]
 
 
-def _part(op: str) -> tuple[str, str, str]:
+def _part(op: str) -> readme_table.Part:
     if op not in readme_table.PARTS:
         raise PluginError(f"figures: expected one of {', '.join(readme_table.PARTS)}, found {op!r}")
     return readme_table.PARTS[op]
