@@ -8,6 +8,7 @@ denominators. ``sample_indices`` draws class-balanced samples: a pure function o
 from ltkernels.functional.accuracy_counts import AccuracyCounts, accuracy_counts
 from ltkernels.functional.aggregate_experts import TopClasses, aggregate_experts
 from ltkernels.functional.binary_cross_entropy import binary_cross_entropy
+from ltkernels.functional.class_samples import ClassSample, sample_classes
 from ltkernels.functional.cross_entropy import cross_entropy
 from ltkernels.functional.distillation import distillation_loss
 from ltkernels.functional.expert_cross_entropy import expert_cross_entropy
@@ -23,6 +24,7 @@ from ltkernels.functional.sampling import sample_indices
 
 __all__ = [
     "AccuracyCounts",
+    "ClassSample",
     "TopClasses",
     "accuracy_counts",
     "aggregate_experts",
@@ -35,6 +37,7 @@ __all__ = [
     "lade_cross_entropy",
     "linear_cross_entropy",
     "pairwise_cross_entropy",
+    "sample_classes",
     "sample_indices",
     "seesaw_cross_entropy",
 ]

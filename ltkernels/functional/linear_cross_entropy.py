@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ltkernels import arguments as arg
+from ltkernels.functional import class_parallel
+from ltkernels.functional.class_samples import ClassSample, Sampled, at_sample
 from ltkernels.functional.cross_entropy import _cached_options, _of_rows
 from ltkernels.functional.reductions import divided, given_denominator
 from ltkernels.functional.row_cross_entropy import Target
@@ -21,6 +23,8 @@ from ltkernels.ops.options import (
 )
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.nn import LinearCrossEntropyOptions as ChunkOptions
 
 
@@ -53,13 +57,19 @@ def linear_cross_entropy(
     denominator: str | float | Tensor = "weight",
     empty: str = "nan",
     normalize: bool = False,
+    group: ProcessGroup | DeviceMesh | None = None,
+    batch: str = "replicated",
+    sample: ClassSample | None = None,
+    correction: bool = True,
+    sparse_grad: bool = False,
 ) -> Tensor:
     r"""The loss of a linear classifier's logits, which are never in memory as a whole.
 
-    The same as :func:`cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, of which at most the larger
-    of 32 MiB and a twentieth exists at a time: a chunk of rows is multiplied out, the kernels of :func:`cross_entropy`
-    write its gradient over its logits, and that is multiplied into the gradients of features and classifier. With the
-    arguments of :func:`torch.nn.functional.linear_cross_entropy` it takes that function's place, with its values.
+    The same as :func:`cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, of which at most the largest
+    of 32 MiB, a twentieth and 32 rows (or as many as take a quarter of the classifier's memory) exists at a time: a
+    chunk of rows is multiplied out, the kernels of :func:`cross_entropy` write its gradient over its logits, and that
+    is multiplied into the gradients of features and classifier. With the arguments of
+    :func:`torch.nn.functional.linear_cross_entropy` it takes that function's place, with its values.
 
     * **Gradients** of ``input``, ``linear_weight``, ``linear_bias``, ``class_scale``, ``class_bias`` and ``row_gate``,
       those that are required: a frozen backbone or classifier saves its product. They are computed in the forward
@@ -74,6 +84,11 @@ def linear_cross_entropy(
     * **Half types**: the gradients of classifier and bias are added up over chunks in float32.
     * **Determinism**: the bits are the same from run to run, as far as PyTorch's products of matrices on the same
       number of threads are.
+    * **Sampled classes**: with ``sample``, of :func:`sample_classes`, the softmax is over its S classes alone, in the
+      time and memory of a classifier of so many. Tables and class vectors are given whole all the same.
+      ``correction`` subtracts from each adjusted logit :math:`u_j` the log of the probability with which class j is in
+      the sample, so that :math:`\sum_j e^{u_j}` is on average the one of all classes; False is the loss of Partial FC.
+      Smoothing goes to the classes of the sample.
     * **options**: ``batch_chunk_size`` and ``chunking_method`` set the rows of a chunk, which is otherwise chosen by
       size. The rest says nothing here: sums are in float32 or more always, and a backward can be repeated.
 
@@ -107,13 +122,18 @@ def linear_cross_entropy(
         denominator: ``"weight"``, ``"count"``, a float or a 0-d tensor.
         empty: ``"nan"`` or ``"zero"``.
         normalize: whether logits are cosines.
+        sample: the classes that count; labels only, all of them in the sample.
+        correction: whether a sample is corrected for what it leaves out; not with ``row_gate``.
+        sparse_grad: whether the gradients of ``linear_weight`` and ``linear_bias`` are sparse tensors of the sample's
+            rows, for :class:`torch.optim.SparseAdam`, Adagrad and SGD; otherwise they are whole, with zeros. Only with
+            a sample.
 
     Returns:
         The loss: 0-d, or with ``reduction="none"`` one a row; float64 for float64 features, else float32.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device, option or value.
+        ValueError: a wrong shape, device, option or value; a label that is not in the sample (CPU).
         IndexError: a label outside ``[0, C)`` that is not ``ignore_index`` (CPU).
 
     Example:
@@ -131,6 +151,35 @@ def linear_cross_entropy(
         Chunks with the gradient over the logits: Hsu et al., "Liger Kernel", 2024, section 3.2. The losses:
         :func:`cross_entropy`.
     """
+    if group is not None or class_parallel.is_sharded(linear_weight):
+        return class_parallel.linear_cross_entropy(
+            _Head.checked, lambda head: head.products(normalize, options), input, linear_weight, linear_bias, target,
+            group, batch, sample, correction, sparse_grad,
+            {
+                "weight": weight, "ignore_index": -100 if ignore_index is None else ignore_index,
+                "reduction": reduction, "label_smoothing": label_smoothing, "scale": scale,
+                "class_scale": class_scale, "class_bias": class_bias, "class_margin": class_margin,
+                "margin_type": margin_type, "focal_gamma": focal_gamma, "focal_pt": focal_pt,
+                "focal_grad": focal_grad, "sample_weight": sample_weight, "smoothing_mode": smoothing_mode,
+                "z_loss": z_loss, "row_gate": row_gate, "feature_norm": feature_norm,
+                "influence_alpha": influence_alpha, "influence_eps": influence_eps, "denominator": denominator,
+                "empty": empty,
+            },
+        )  # fmt: skip
+    if batch != "replicated":
+        raise ValueError(f'batch: expected "replicated" without a group, found {batch!r}')
+    if sample is not None:
+        all_classes = Sampled(
+            linear_weight, linear_bias, target, weight, class_scale, class_bias, class_margin, label_smoothing
+        )
+        (
+            linear_weight, linear_bias, target, weight, class_scale, class_bias, class_margin, label_smoothing
+        ) = at_sample(
+            sample, all_classes, ignore_index, scale, row_gate is not None, correction, sparse_grad
+        )  # fmt: skip
+        ignore_index = None
+    elif sparse_grad:
+        raise ValueError(f"sparse_grad: expected False without sample, found {sparse_grad!r}")
     head = _Head.checked(input, linear_weight, linear_bias)
     target, labels = head.target(target)
     if ignore_index is None:

@@ -8,7 +8,14 @@ of a chunk, ``W`` the classifier and ``G`` the gradient of the logits: ``dX = G 
 logits should stay in the last cache, so it should not have many. :func:`chunk_rows` is the rule: as many as fill
 ``CPU_CACHE_BYTES`` (on a GPU ``LOGITS_BYTES``) with logits and at least ``LEAST_ROWS`` (``GPU_LEAST_ROWS``), but never
 more than ``SHARE_OF_LOGITS`` of all the logits or, if that is more, ``LOGITS_BYTES``, which is a promise about memory.
-Where a row has so many classes that few fit, chunks of few rows are made, and each reads the classifier.
+It has one exception, for rows that are longer than the classifier is deep: a million classes of 128 features are 512
+MB, of which a chunk of the seven rows that fit into 30 MB moves four times as much, in ten times as long as its
+products take. There ``FEW_ROWS`` rows are a chunk if they take at most ``SHARE_OF_CLASSIFIER`` of the classifier's
+memory, else as many as do, and always one.
+
+**A product of few classes at a time.** On a CPU ``X W^T`` of 150 rows and 50,000 classes in float32 takes PyTorch 1.6
+times as long as the same in parts of a thousand classes, which stay in the second cache: benchmarks/NOTES.md. The other
+two products, and other types, are as fast in one.
 
 **Cosines.** With ``n`` the lengths of the class vectors, the logits are ``(X / |X|) W^T / n``: the features of a chunk
 are normalised, the classifier is not, since a normalised copy would be as large as itself; the ``1 / n`` are factors of
@@ -45,8 +52,16 @@ LOGITS_BYTES = 30 << 20
 """What a chunk may take however few the logits are: with what else a call needs, below 32 MiB."""
 SHARE_OF_LOGITS = 1 / 20
 """And if that is more, this share of all the logits."""
+FEW_ROWS = 32
+"""Of a chunk, as long as they take no more than a share of the classifier's memory."""
+SHARE_OF_CLASSIFIER = 1 / 4
+"""That share."""
+LEAST_CLASSES = 256
+"""Whose logits are made at a time; fewer keep the processor waiting for calls."""
+THIN = 6 << 10
+"""Rows times features of a product that gains nothing by being made in parts."""
 PART_BYTES = 1 << 20
-"""What is worked on at a time where a gradient is worked on in parts."""
+"""What is worked on at a time where a gradient is worked on in parts; and of logits, where they are made in parts."""
 
 
 @cache
@@ -59,11 +74,12 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return ask is not None and bool(ask())
 
 
-def chunk_rows(rows: int, columns: int, element_bytes: int, on_cpu: bool) -> int:
+def chunk_rows(rows: int, columns: int, features: int, element_bytes: int, on_cpu: bool) -> int:
     """How many of the rows a chunk has at most; see the module."""
     row = columns * element_bytes
     wanted = max(CPU_CACHE_BYTES // row, LEAST_ROWS) if on_cpu else max(LOGITS_BYTES // row, GPU_LEAST_ROWS)
-    allowed = max(LOGITS_BYTES // row, int(rows * SHARE_OF_LOGITS))
+    few = min(FEW_ROWS, int(features * SHARE_OF_CLASSIFIER))
+    allowed = max(LOGITS_BYTES // row, int(rows * SHARE_OF_LOGITS), few)
     return max(1, min(rows, wanted, allowed))
 
 
@@ -140,7 +156,8 @@ class Classifier:
         rows, columns = len(self.input), len(self.weight)
         if rows == 0:
             return
-        most = most or chunk_rows(rows, columns, self.products.element_size(), self.input.is_cpu)
+        features_size, element_bytes = self.products.shape[1], self.products.element_size()
+        most = most or chunk_rows(rows, columns, features_size, element_bytes, self.input.is_cpu)
         size = -(-rows // -(-rows // most))
         scratch = self.products.new_empty(size * columns)
         for start in range(0, rows, size):
@@ -158,18 +175,34 @@ class Classifier:
         return (features * _inverse_norm(features, self.sums)).to(self.products.dtype)
 
     def _multiply(self, features: Tensor, logits: Tensor) -> None:
+        columns = len(self.products)
+        size = self._classes_at_a_time(len(features)) or max(1, columns)
+        for start in range(0, columns, size):
+            self._multiply_part(features, slice(start, min(start + size, columns)), logits)
+
+    def _classes_at_a_time(self, rows: int) -> int:
+        """Of the product that makes logits; 0 for all."""
+        features = self.products.shape[1]
+        if self.products.dtype != torch.float32 or not self.products.is_cpu or rows * features < THIN:
+            return 0
+        by_logits, by_vectors = PART_BYTES // (4 * rows), 2 * PART_BYTES // (4 * features)
+        return max(LEAST_CLASSES, min(by_logits, by_vectors) // LEAST_CLASSES * LEAST_CLASSES)
+
+    def _multiply_part(self, features: Tensor, part: slice, logits: Tensor) -> None:
+        """The logits of some classes."""
+        vectors, logits = self.products[part].t(), logits[:, part]
         if self.bias is not None and not self._add_bias:
-            torch.addmm(self.bias, features, self.products.t(), out=logits)
+            torch.addmm(self.bias[part], features, vectors, out=logits)
             return
-        torch.mm(features, self.products.t(), out=logits)
+        torch.mm(features, vectors, out=logits)
         if self.inverse_norm is not None and not self.unscaled:
-            logits.mul_(self.inverse_norm)
+            logits.mul_(self.inverse_norm[part])
         if self.bias is not None:
-            logits.add_(self.bias)
+            logits.add_(self.bias[part])
 
     def add(self, chunk: Chunk, gradient: Tensor) -> None:
         """Multiplies the gradient of a chunk's logits into the gradients; it is not the same afterwards."""
-        g = gradient.view(-1, len(self.weight))
+        g = gradient.flatten(1)
         if self.d_bias is not None:
             self.d_bias += g.sum(dim=0, dtype=self.sums)
         if self.inverse_norm is not None and not self.unscaled:

@@ -1,45 +1,55 @@
-"""The softmax of a row whose classes do not lie in one tensor: blocks of classes, shards of ranks, a sample of classes.
+"""The softmax of rows whose classes do not lie in one tensor, such as shards of the ranks of a group.
 
-What a row needs of some of its classes is four numbers, which :func:`row_sums` finds; those of all classes follow from
-those of the parts (:func:`merged`), whoever holds them. From them :func:`finish` makes the row's loss and what the
-gradient needs to know of the row, and :func:`gradient_` writes the gradient over the logits of any part. Exponentials,
-sums and gradients are the kernels' of ``cross_entropy``, on every backend; the arithmetic on one number a row is that
-of csrc/common/row_loss.h in PyTorch, whose formulas are derived there.
+What a row needs of some of its classes is a few numbers, which :func:`numbers` finds; those of all classes follow from
+those of the parts (:func:`merged`), whoever holds them. :func:`finish` makes the row's loss of them, in plain PyTorch,
+whose autograd differentiates it: vectors of a number a row. :func:`gradient_` makes of that the gradient of the logits
+of any part. What visits logits are the kernels of ``cross_entropy``, on every backend.
 
-With u the adjusted logits, the label's margin included, and ``m`` near their maximum, the loss of a row is made of
-``sum_{j != y} e^(u_j - m)``, ``u_y`` and, with label smoothing, ``sum_j ws_j u_j``.
+With u the adjusted logits without margins, and ``m`` near their maximum, a row's numbers are ``m``, the sum of
+``e^(u_j - m)`` over the classes that are no label of the row, ``sum_j ws_j u_j`` for label smoothing and, for each of
+its labels (one, or two with mixup), ``u_y`` without and with the margin.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ltkernels import backends
-from ltkernels.ops.options import CrossEntropyOptions, Reduction
+from ltkernels.ops.options import CrossEntropyOptions, MarginType, Reduction
+from ltkernels.ops.table import _autograd_in_a_kernel
+from ltkernels.reference.cross_entropy import _focal_factor, _masked_product
+from ltkernels.reference.row_cross_entropy import arc_cosine
 
-MAX, OTHERS, LABEL, SMOOTH = range(4)
-"""The rows of what :func:`row_sums` returns."""
+MAX, OTHERS, SMOOTH, LABELS = range(4)
+"""The rows of what :func:`numbers` returns; from ``LABELS`` on two for each label, without and with its margin."""
+COEFFICIENT, HARD, MARGIN, SOFT, WEIGHT = range(5)
+"""What is known of a row's label: its share of the result, 0 where it is ignored; its weight in the loss beside what
+smoothing takes; its margin; what smoothing gives a class of weight 1; its class weight."""
+PER_LABEL = 5
 _ABSENT = -1e20
 """In place of a bias of -inf: e to it is 0, and a part may have no other classes."""
+_PLAIN = CrossEntropyOptions(ignore_index=-1, reduction=Reduction.NONE)
 
 
 class Shard(NamedTuple):
-    """Some of the classes: what is known of them beside their logits."""
+    """Some of the classes: what is known of them beside their logits, and where they are labels."""
 
-    label: Tensor
-    """``(N,)`` int64: the place of the row's label among these classes; -1 where the label is elsewhere or the row is
-    ignored; their number where the label is no class at all."""
-    class_scale: Tensor | None
+    places: Tensor
+    """``(L, N)`` int64: the places of each row's L labels among these classes; -1 where a label is elsewhere or the row
+    is ignored; their number where the label is no class at all. Two labels of a row are different classes."""
+    class_scale: Tensor | None = None
     """``(c,)``."""
-    class_bias: Tensor | None
+    class_bias: Tensor | None = None
     """``(c,)``."""
-    margin: Tensor | None
-    """``(N,)``: of the row's label, read where that is here."""
-    smooth: Tensor | None
+    smooth: Tensor | None = None
     """``(c,)``: what label smoothing gives each class: its weight, or 0 where its bias is -inf. None without."""
+
+    def of_rows(self, rows: slice) -> Shard:
+        """The same for some of the rows."""
+        return self._replace(places=self.places[:, rows])
 
     def tables(self, logits: Tensor, s: float) -> tuple[Tensor | None, Tensor | None]:
         """Scales and biases as the kernels take them here, with the scale of all classes in them.
@@ -49,161 +59,176 @@ class Shard(NamedTuple):
         """
         scale, bias = self.class_scale, self.class_bias
         if s != 1.0:
-            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            dtype = torch.promote_types(logits.dtype, torch.float32)
             scale = logits.new_full((logits.shape[1],), s, dtype=dtype) if scale is None else s * scale
             bias = None if bias is None else s * bias
         return scale, None if bias is None else bias.clamp_min(_ABSENT)
 
 
-class Rows(NamedTuple):
-    """What is known of the rows, the same for all parts; ``(N,)`` unless said, in the type of the computation."""
-
-    valid: Tensor
-    """bool: not ignored."""
-    weight: Tensor | None
-    """The label's class weight; None for 1."""
-    sample_weight: Tensor | None
-    smooth_total: Tensor | float
-    """The sum of ``Shard.smooth`` over all classes, 0-d."""
-    reached: Tensor | float
-    """The number of classes that label smoothing reaches, 0-d: those whose bias is not -inf."""
-
-
-def local_labels(target: Tensor, first: int, count: int, classes: int, ignore_index: int) -> Tensor:
-    """Labels in ``[0, classes)`` as :class:`Shard` has them, for the classes ``[first, first + count)``."""
-    label = target.long()
+def local_places(label: Tensor, first: int, count: int, classes: int, ignore_index: int) -> Tensor:
+    """Int64 labels in ``[0, classes)`` as :class:`Shard` has them, for the classes ``[first, first + count)``."""
     inside = (label >= 0) & (label < classes)
     here = (label >= first) & (label < first + count)
     nowhere = ~inside & (label != ignore_index)
     return torch.where(here, label - first, torch.where(nowhere, count, -1))
 
 
-def row_sums(row: backends.Implementation, logits: Tensor, shard: Shard, options: CrossEntropyOptions) -> Tensor:
-    """Finds the four numbers of each row.
+class _Labels:
+    """The labels of some rows among the classes of a part."""
+
+    def __init__(self, shard: Shard, logits: Tensor) -> None:
+        count = logits.shape[1]
+        self.here = (shard.places >= 0) & (shard.places < count)
+        self.at = torch.where(self.here, shard.places, 0)
+        self.asked = torch.where(shard.places[0] < 0, 0, shard.places[0])  # what is no class is reported by the kernels
+        self.shard, self.logits = shard, logits
+
+    def taken(self) -> Tensor:
+        """The logits at the labels, ``(L, N)``, in whose places there is -inf afterwards."""
+        return torch.stack([self._write(k, -torch.inf) for k in range(len(self.at))])
+
+    def put(self, values: Tensor) -> None:
+        """Writes ``(L, N)`` to where the labels are."""
+        for k, value in enumerate(values):
+            self._write(k, value[:, None].to(self.logits.dtype))
+
+    def _write(self, k: int, value: Tensor | float) -> Tensor:
+        """One label after the other: the class that stands in for one that is elsewhere may be the other."""
+        at = self.at[k][:, None]
+        before = self.logits.gather(1, at)
+        self.logits.scatter_(1, at, torch.where(self.here[k][:, None], value, before))
+        return before[:, 0]
+
+    def of(self, table: Tensor | None) -> Tensor | None:
+        """The labels' values of a class table."""
+        return None if table is None else table[self.at]
+
+
+def _label_logits(
+    x: Tensor, scale: Tensor | None, bias: Tensor | None, margin: Tensor, options: Any
+) -> tuple[Tensor, Tensor]:
+    """``u_y`` without and with the margin."""
+
+    def adjusted(value: Tensor) -> Tensor:
+        value = value if scale is None else scale * value
+        return options.scale * (value if bias is None else value + bias)
+
+    plain = adjusted(x)
+    if options.margin_type == MarginType.ADDITIVE:
+        return plain, plain - options.scale * margin
+    return plain, adjusted(arc_cosine(x, margin, options.margin_type))
+
+
+def numbers(row: backends.Implementation, logits: Tensor, shard: Shard, margins: Tensor, options: Any) -> Tensor:
+    """Finds the numbers of each row.
 
     Args:
         row: a backend's implementation of ``cross_entropy``.
-        logits: ``(N, c)`` of these classes. Written to, and as before when this returns.
+        logits: ``(N, c)`` of these classes; c may be 0. Written to, and as before when this returns.
         shard: what else is known of the classes.
-        options: the scalars; ``scale`` is read here.
+        margins: ``(L, N)``, of the rows' labels.
+        options: has ``scale`` and ``margin_type``.
 
     Returns:
-        ``(4, N)``, contiguous, in the type of the computation: ``MAX``, near the largest u; ``OTHERS``, the sum of
-        ``e^(u - MAX)`` over the classes other than the label; ``LABEL``, the label's u, -inf where it is not here;
-        ``SMOOTH``, the sum of ``smooth * u``.
+        ``(3 + 2 L, N)``, contiguous, in the type of the computation. A label that is elsewhere has -inf.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    here = (shard.label >= 0) & (shard.label < logits.shape[1])
-    at = torch.where(here, shard.label, 0)[:, None]
-    own = logits.gather(1, at)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    found = torch.empty(LABELS + 2 * len(margins), len(logits), dtype=dtype, device=logits.device)
+    found[MAX], found[OTHERS], found[SMOOTH], found[LABELS:] = _ABSENT, 0.0, 0.0, -torch.inf
+    if logits.shape[1] == 0:
+        return found
+    labels = _Labels(shard, logits)
+    if shard.smooth is not None:
+        factors = shard.smooth if shard.class_scale is None else shard.smooth * shard.class_scale
+        total = torch.mv(logits, factors.to(logits.dtype)).to(dtype)
+        if shard.class_bias is not None:
+            total = total + (shard.smooth * torch.where(shard.smooth == 0, 0.0, shard.class_bias)).sum()
+        found[SMOOTH] = options.scale * total
     scale, bias = shard.tables(logits, options.scale)
-    # Without its label a row's sum is that over the others, and no margin is in the way of its maximum.
-    logits.scatter_(1, at, torch.where(here[:, None], -torch.inf, own))
-    plain = CrossEntropyOptions(ignore_index=-1, reduction=Reduction.NONE)
-    asked = torch.where(shard.label < 0, 0, shard.label)  # any class will do for a label; what is none is reported
-    _, state, _ = row.forward(logits, asked, None, scale, bias, None, None, *plain, False)
-    logits.scatter_(1, at, own)
-    state = state[:-1].view(-1, 4)
-    found = torch.empty(4, len(logits), dtype=dtype, device=logits.device)
-    alone = state[:, 0] == -torch.inf  # the label is the only class here
+    own = labels.taken()
+    state = row.forward(logits, labels.asked, None, scale, bias, None, None, *_PLAIN, False)[1][:-1].view(-1, 4)
+    labels.put(own)
+    alone = state[:, 0] == -torch.inf  # there are no classes but labels
     found[MAX] = torch.where(alone, _ABSENT, state[:, 0])
     found[OTHERS] = torch.where(alone, 0.0, state[:, 1].reciprocal())  # 1 / sum is the factor of a plain row
-    u = own[:, 0].to(dtype)
-    u = u if scale is None else u * scale[at[:, 0]]
-    u = u if bias is None else u + bias[at[:, 0]]
-    u = u if shard.margin is None else u - options.scale * shard.margin
-    found[LABEL] = torch.where(here, u, -torch.inf)
-    found[SMOOTH] = 0.0
-    if shard.smooth is not None:
-        found[SMOOTH] = options.scale * _smooth_sum(logits, shard, at[:, 0], here)
+    x = own.to(dtype)
+    both = _label_logits(x, labels.of(shard.class_scale), labels.of(shard.class_bias), margins.to(dtype), options)
+    for k, values in enumerate(zip(*both, strict=True)):
+        for place, value in enumerate(values):
+            found[LABELS + 2 * k + place] = torch.where(labels.here[k], value, -torch.inf)
     return found
 
 
-def _smooth_sum(logits: Tensor, shard: Shard, at: Tensor, here: Tensor) -> Tensor:
-    """``sum_j ws_j (a_j x_j + b_j - m_y [j = y])``."""
-    assert shard.smooth is not None
-    factors = shard.smooth if shard.class_scale is None else shard.smooth * shard.class_scale
-    total = torch.mv(logits, factors.to(logits.dtype)).to(factors.dtype)
-    if shard.class_bias is not None:
-        total = total + (shard.smooth * torch.where(shard.smooth == 0, 0.0, shard.class_bias)).sum()
-    if shard.margin is not None:
-        total = total - torch.where(here, shard.smooth[at] * shard.margin, 0.0)
+def merged(parts: Tensor) -> Tensor:
+    """The numbers ``(3 + 2 L, N)`` of all classes, float64, from those of disjoint parts of them, ``(parts, ...)``."""
+    parts = parts.double()
+    labels = parts[:, LABELS:].amax(dim=0)
+    top = torch.maximum(parts[:, MAX].amax(dim=0), labels[::2].amax(dim=0))  # to which e^(u_y - m) is finite too
+    others = (parts[:, OTHERS] * (parts[:, MAX] - top).exp()).sum(dim=0)
+    return torch.cat((torch.stack((top, others, parts[:, SMOOTH].sum(dim=0))), labels))
+
+
+def finish(all_numbers: Tensor, of_labels: Tensor, smooth_total: Tensor, norm: Tensor | None, options: Any) -> Tensor:
+    """The losses of rows from their numbers over all classes: plain PyTorch, to be differentiated by it.
+
+    With ``A`` the log-sum-exp of the classes that are not the label, the loss ``-log p_y`` is ``softplus(A - u_y)``,
+    which loses no digits however small it is, nor does its derivative.
+
+    Args:
+        all_numbers: ``(3 + 2 L, N)``, float64, merged.
+        of_labels: ``(L, PER_LABEL, N)``, float64.
+        smooth_total: the sum of ``Shard.smooth`` over all classes, 0-d.
+        norm: ``(N,)`` L1 norms of the rows' features, for the influence-balanced loss.
+        options: the scalars of ``ClassParallelOptions``.
+
+    Returns:
+        ``(N,)``, float64, each times its coefficient.
+    """
+    m, others, smooth = all_numbers[MAX].detach(), all_numbers[OTHERS], all_numbers[SMOOTH]
+    total = torch.zeros_like(m)
+    for k, of in enumerate(of_labels):
+        # A label that has no share is anywhere: infinite losses have no derivative that 0 times it were 0.
+        counted = of[COEFFICIENT] != 0
+        plain, own = (torch.where(counted, all_numbers[LABELS + 2 * k + place], 0.0) for place in (0, 1))
+        rest = others
+        if len(of_labels) == 2:
+            rest = rest + (all_numbers[LABELS + 2 * (1 - k)] - m).exp()
+        nobody = rest <= 0
+        log_rest = torch.where(nobody, -torch.inf, m + torch.where(nobody, 1.0, rest).log())
+        nll = _softplus(log_rest - own)
+        lse = torch.where(nobody, own, log_rest + _softplus(own - log_rest))
+        ce = _masked_product(of[HARD], nll)
+        if options.smoothing:
+            ce = ce - of[SOFT] * (smooth + of[WEIGHT] * (own - plain) - smooth_total * lse)
+        factor = None
+        if options.focal_gamma > 0:
+            factor = _focal_factor(ce if options.focal_weighted else nll, options.focal_gamma)
+        if norm is not None:
+            impossible = torch.isposinf(nll)  # p_y is 0 and stays it
+            others_p = torch.where(impossible, 1.0, -torch.expm1(-torch.where(impossible, 1.0, nll)))
+            influence = options.influence_alpha / (2.0 * norm * others_p + options.influence_eps)
+            factor = influence if factor is None else factor * influence
+        if factor is not None:
+            ce = _masked_product(factor.detach() if options.focal_detached else factor, ce)
+        if options.z_loss > 0:
+            ce = ce + options.z_loss * lse.square()
+        total = total + of[COEFFICIENT] * ce
     return total
 
 
-def merged(sums: Tensor) -> Tensor:
-    """``(4, N)`` of all classes from ``(parts, 4, N)`` of disjoint parts of them, in any order."""
-    label = sums[:, LABEL].amax(dim=0)
-    # The label's own e^(u_y - m) has to be finite too.
-    top = torch.maximum(sums[:, MAX].amax(dim=0), label)
-    others = (sums[:, OTHERS] * (sums[:, MAX] - top).exp()).sum(dim=0)
-    return torch.stack((top, others, label, sums[:, SMOOTH].sum(dim=0)))
+def _softplus(x: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(x, threshold=500.0)  # e to more is no float64
 
 
-def finish(sums: Tensor, rows: Rows, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
-    """The losses of rows from their numbers over all classes, and their states for :func:`gradient_`.
-
-    Args:
-        sums: ``(4, N)``, merged.
-        rows: what else is known of the rows.
-        options: the scalars.
-
-    Returns:
-        The row losses ``(N,)``, and ``(N, 4)``: ``m``, the factor of ``e^(u_j - m)``, the factor of ``smooth`` by
-        number of classes, and the gradient at the label without what smoothing takes from it.
-    """
-    eps = options.label_smoothing
-    m, others, label = sums[MAX], sums[OTHERS], sums[LABEL]
-    at_label = (label - m).exp()
-    total = others + at_label
-    log_sum = total.log()
-    p, rest = at_label / total, others / total
-    # log1p keeps the digits of a small loss, which log(sum) + (m - u_y) rounds away.
-    nll = torch.where(at_label > others, torch.log1p(others / at_label), m - label + log_sum)
-    hard = (1.0 - eps) * (torch.ones_like(m) if rows.weight is None else rows.weight)
-    ce = _weighted(hard, nll)
-    reached = rows.reached.to(m.dtype) if isinstance(rows.reached, Tensor) else rows.reached
-    soft = eps / reached if eps > 0 else 0.0
-    if eps > 0:
-        ce = ce + soft * (rows.smooth_total * (m + log_sum) - sums[SMOOTH])
-    modulation, a, b = _focal(ce, rest, options)
-    lse = m + log_sum
-    spread = a * soft * rows.smooth_total + 2.0 * options.z_loss * lse
-    own = a * hard + b
-    r = torch.ones_like(m) if rows.sample_weight is None else rows.sample_weight
-    loss = _weighted(modulation, ce)
-    if options.z_loss > 0:
-        loss = loss + options.z_loss * lse.square()
-    state = torch.stack((m, r * (own + spread) / total, r * a * soft, r * (spread * p - own * rest)), dim=1)
-    return (
-        torch.where(rows.valid, _weighted(r, loss), 0.0),
-        torch.where(rows.valid[:, None], state, 0.0),
-    )
-
-
-def _focal(ce: Tensor, rest: Tensor, options: CrossEntropyOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """csrc/common/row_loss.h: focal_terms."""
-    gamma = options.focal_gamma
-    if gamma == 0.0:
-        one = torch.ones_like(ce)
-        return one, one, torch.zeros_like(ce)
-    if options.focal_weighted:
-        rest = -torch.expm1(-ce)
-    certain = rest <= 0
-    rest = torch.where(certain, 1.0, rest)
-    modulation = torch.where(certain, 0.0, rest.pow(gamma))
-    if options.focal_detached:
-        return modulation, modulation, torch.zeros_like(ce)
-    p = 1.0 - rest
-    slope = torch.where(~certain & (p > 0), ce * gamma * (modulation / rest) * p, 0.0)
-    if options.focal_weighted:
-        return modulation, modulation + slope, torch.zeros_like(ce)
-    return modulation, modulation, slope
-
-
-def _weighted(weight: Tensor, value: Tensor) -> Tensor:
-    """A weight of zero takes out an infinite value."""
-    return torch.where(weight == 0, 0.0, weight * value)
+def differentiated(
+    all_numbers: Tensor, upstream: Tensor, of_labels: Tensor, smooth_total: Tensor, norm: Tensor | None, options: Any
+) -> tuple[Tensor, Tensor]:
+    """:func:`finish`, and the derivative of its results, times ``upstream``, with respect to the numbers."""
+    with torch.enable_grad(), _autograd_in_a_kernel():
+        variables = all_numbers.detach().requires_grad_()
+        loss = finish(variables, of_labels, smooth_total, norm, options)
+        (derivative,) = torch.autograd.grad(loss, variables, upstream.double().expand_as(loss))
+    return loss.detach(), torch.where(of_labels[:, COEFFICIENT].ne(0).any(dim=0), derivative, 0.0)
 
 
 class TableGradients(NamedTuple):
@@ -215,50 +240,78 @@ class TableGradients(NamedTuple):
 
 def gradient_(
     row: backends.Implementation,
-    upstream: Tensor,
+    derivative: Tensor,
+    top: Tensor,
     logits: Tensor,
-    state: Tensor,
     shard: Shard,
-    options: CrossEntropyOptions,
+    margins: Tensor,
+    options: Any,
     need: tuple[bool, bool] = (False, False),
 ) -> TableGradients:
     """Writes the gradient of the rows' losses over the logits of a part.
 
     Args:
-        row: as of :func:`row_sums`.
-        upstream: of the row losses: 0-d, or ``(N,)``.
-        logits: ``(N, c)``; holds the gradient when this returns.
-        state: ``(N, 4)`` of :func:`finish`.
-        shard: what else is known of the classes.
-        options: the scalars.
+        row, logits, shard, margins, options: as of :func:`numbers`; ``logits`` holds the gradient when this returns.
+        derivative: ``(3 + 2 L, N)``, of :func:`differentiated`.
+        top: ``(N,)``, the ``MAX`` of all classes.
         need: whether the gradients of ``class_scale`` and ``class_bias`` are wanted.
     """
-    here = (shard.label >= 0) & (shard.label < logits.shape[1])
-    s = options.scale
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if logits.shape[1] == 0:
+        nothing = logits.new_zeros(0, dtype=dtype)
+        return TableGradients(nothing if need[0] else None, nothing if need[1] else None)
+    labels, s = _Labels(shard, logits), options.scale
     scale, bias = shard.tables(logits, s)
-    # The kernels write a row's number for its label there. A label that is elsewhere has this class's, the first's.
-    u = logits[:, 0].to(state.dtype)
-    u = u if scale is None else u * scale[0]
-    u = u if bias is None else u + bias[0]
-    first = state[:, 1] * (u - state[:, 0]).exp()
-    kernel = state.new_ones(4 * len(logits) + 1)
-    rows = kernel[:-1].view(-1, 4)
-    rows.copy_(state)
-    rows[:, 2] = 0.0
-    rows[:, 3] = torch.where(here, state[:, 3], first)
-    taken = state[:, 2] * upstream  # by smoothing, from each class times its share
-    of_scale = None
+    derivative = derivative.to(dtype)
+    taken = derivative[SMOOTH]
+    of_smoothing = None
     if shard.smooth is not None and need[0]:
-        of_scale = torch.mv(logits.t(), taken.to(logits.dtype)).to(state.dtype) * (s * shard.smooth)
-    plain = CrossEntropyOptions(ignore_index=-1, reduction=Reduction.NONE)
-    label = torch.where(here, shard.label, 0)
+        of_smoothing = torch.mv(logits.t(), taken.to(logits.dtype)).to(dtype) * (s * shard.smooth)
+    own = labels.taken()
+
+    # The kernels write a number of the row at its label. Where that is not here it is what any class has there.
+    u = logits.gather(1, labels.at[0][:, None])[:, 0].to(dtype)
+    u = u if scale is None else u * scale[labels.at[0]]
+    u = u if bias is None else u + bias[labels.at[0]]
+    top = top.to(dtype)
+    state = torch.ones(4 * len(logits) + 1, dtype=dtype, device=logits.device)
+    rows = state[:-1].view(-1, 4)
+    rows[:, 0], rows[:, 1], rows[:, 2] = top, derivative[OTHERS], 0.0
+    rows[:, 3] = derivative[OTHERS] * (u - top).exp()
+    one = torch.ones((), dtype=dtype, device=logits.device)
     _, d_scale, d_bias = row.backward(
-        upstream, kernel, logits, label, None, scale, bias, None, None, *plain, True, *need, True
+        one, state, logits, labels.asked, None, scale, bias, None, None, *_PLAIN, True, *need, True
     )
     d_scale, d_bias = s * d_scale, s * d_bias
     if shard.smooth is not None:
         slope = shard.smooth if scale is None else shard.smooth * scale
-        logits.addr_(taken.to(logits.dtype), slope.to(logits.dtype), alpha=-1)
-        d_bias = d_bias - taken.sum() * (s * shard.smooth) if need[1] else d_bias
-        d_scale = d_scale if of_scale is None else d_scale - of_scale
+        logits.addr_(taken.to(logits.dtype), slope.to(logits.dtype))
+        if need[1]:
+            d_bias = d_bias + taken.sum() * (s * shard.smooth)
+        if of_smoothing is not None:
+            d_scale = d_scale + of_smoothing
+    d_x, d_a, d_b = _at_labels(own.to(dtype), labels, margins.to(dtype), derivative[LABELS:], options)
+    now = torch.stack([logits.gather(1, at[:, None])[:, 0] for at in labels.at])
+    labels.put(now.to(dtype) + d_x)
+    if need[0]:
+        d_scale = d_scale.index_put_((labels.at,), torch.where(labels.here, d_a, 0.0), accumulate=True)
+    if need[1]:
+        d_bias = d_bias.index_put_((labels.at,), torch.where(labels.here, d_b, 0.0), accumulate=True)
     return TableGradients(d_scale if need[0] else None, d_bias if need[1] else None)
+
+
+def _at_labels(
+    x: Tensor, labels: _Labels, margins: Tensor, derivative: Tensor, options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients at the labels, ``(L, N)``, with respect to logit, scale and bias of the class."""
+    scale, bias = labels.of(labels.shard.class_scale), labels.of(labels.shard.class_bias)
+    with torch.enable_grad(), _autograd_in_a_kernel():
+        variables = [
+            x.detach().requires_grad_(),
+            (torch.ones_like(x) if scale is None else scale).detach().requires_grad_(),
+            (torch.zeros_like(x) if bias is None else bias).detach().requires_grad_(),
+        ]
+        plain, own = _label_logits(variables[0], variables[1], variables[2], margins, options)
+        upstream = [torch.where(labels.here, d, 0.0) for d in (derivative[::2], derivative[1::2])]
+        d_x, d_a, d_b = torch.autograd.grad((plain, own), variables, upstream)
+    return d_x, d_a, d_b

@@ -205,3 +205,25 @@ def _linear(name: str, loss: type[Any]) -> type[Any]:
 
 LinearCrossEntropyOptions = _linear("LinearCrossEntropyOptions", CrossEntropyOptions)
 LinearRowCrossEntropyOptions = _linear("LinearRowCrossEntropyOptions", RowCrossEntropyOptions)
+
+
+class ClassParallelOptions(NamedTuple):
+    """Scalars of a loss whose classes are divided among processes, in the order of the op's schema."""
+
+    reduction: int = Reduction.SUM
+    """Without a denominator, which is in the coefficients; a mean says that they are about one over the rows."""
+    scale: float = 1.0
+    margin_type: int = MarginType.ADDITIVE
+    focal_gamma: float = 0.0
+    focal_weighted: bool = False
+    focal_detached: bool = False
+    influence_alpha: float = 1.0
+    influence_eps: float = 1e-3
+    z_loss: float = 0.0
+    smoothing: bool = False
+    normalize: bool = False
+    products: int = ProductType.INPUT
+    chunk_rows: int = 1
+    """The same for all processes, whose chunks meet."""
+    group: str = ""
+    """Its name, as torch.distributed knows it; empty for this process alone."""

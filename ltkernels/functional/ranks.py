@@ -1,0 +1,259 @@
+"""The processes that share a classifier: who they are, what they agree on, and the rows and gradients they exchange.
+
+Collectives wait for every process. One that raised before its call would leave the others waiting, so each call begins
+with a header of numbers that shows whether all may go on (:meth:`Ranks.agree`).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Header(NamedTuple):
+    """What a process says of its call before any process goes on."""
+
+    refused: int
+    """1 where its arguments are wrong."""
+    rows: int
+    classes: int
+    """Of its own."""
+    features: int
+    arguments: int
+    """A digest of what has to be the same everywhere: types, options, shapes of tables."""
+    target: int
+    """A digest of the labels, where they have to be the same."""
+
+
+def digest(value: object) -> int:
+    """A number that is the same for equal values on all processes."""
+    return zlib.crc32(repr(value).encode())
+
+
+def digest_of(tensor: Tensor) -> int:
+    """The same for the elements of a tensor on the CPU; 0 for others, which only a device can read."""
+    if not tensor.is_cpu or torch.compiler.is_compiling():
+        return 0
+    return zlib.crc32(tensor.detach().contiguous().numpy().tobytes())
+
+
+class Ranks:
+    """The processes of a group, in the order of their classes.
+
+    Attributes:
+        group: the process group.
+        name: what torch.distributed calls it.
+        size, rank: how many there are, and which of them this is.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.name = group.group_name
+        self.size, self.rank = group.size(), group.rank()
+
+    @classmethod
+    def of(cls, group: ProcessGroup | DeviceMesh | None, weight: Tensor) -> Ranks:
+        """Those of ``group`` or, where that is None, of a sharded ``weight``.
+
+        Raises:
+            RuntimeError: torch.distributed is not there, or not initialised.
+            TypeError: ``group`` is no group.
+            ValueError: this process is not of the group; a mesh has several dimensions; ``weight`` is sharded in
+                another way, or over another group.
+        """
+        from torch import distributed as dist
+
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                "group: expected torch.distributed to be initialised (init_process_group), found it is not"
+            )
+        from torch.distributed.device_mesh import DeviceMesh
+
+        mesh = getattr(weight, "device_mesh", None)
+        if mesh is not None:
+            placements = tuple(weight.placements)  # type: ignore[attr-defined]
+            if mesh.ndim != 1 or not placements[0].is_shard(0):
+                raise ValueError(
+                    "linear_weight: expected a DTensor that is sharded by dimension 0 over a mesh of 1 dimension, found"
+                    f" {placements} over {mesh}"
+                )
+            if group is None:
+                group = mesh
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(f"group: expected a mesh of 1 dimension, found {group.ndim}")
+            if group.get_coordinate() is None:
+                raise ValueError(f"group: expected a mesh with this process, rank {dist.get_rank()}, found {group}")
+            group = group.get_group()
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"group: expected a group with this process, rank {dist.get_rank()}, found one without it")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group: expected a ProcessGroup or a DeviceMesh, found {type(group).__name__}")
+        if mesh is not None and mesh.get_group() is not group:
+            raise ValueError("group: expected None or the group that linear_weight is sharded over, found another")
+        return cls(group)
+
+    def agree(self, header: Header, device: torch.device) -> list[Header]:
+        """The headers of all processes, in order, if they may go on.
+
+        On a GPU the answer costs waiting for the device, so it is asked for once for each header of this process.
+
+        Raises:
+            RuntimeError: a process refused its arguments.
+            ValueError: what has to be the same is not.
+        """
+        if torch.compiler.is_compiling():
+            return _agreed(self.name, *header, str(device))
+        if device.type == "cpu":
+            return _checked(self._all(header, device))
+        key = (self.name, *header)
+        if key not in _KNOWN:
+            _KNOWN[key] = _checked(self._all(header, device))
+        return _KNOWN[key]
+
+    def _all(self, header: Header, device: torch.device) -> list[Header]:
+        from torch import distributed as dist
+
+        mine = torch.tensor(header, dtype=torch.int64, device=device)
+        together = mine.new_empty(self.size * len(header))
+        dist.all_gather_into_tensor(together, mine, group=self.group)
+        return [Header(*values) for values in together.view(self.size, -1).tolist()]
+
+    def gathered(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows ``(n_r, ...)`` of all processes, in order, without gradient."""
+        from torch import distributed as dist
+
+        most = max(counts)
+        mine = rows.detach().contiguous()
+        if len(mine) < most:
+            mine = torch.cat((mine, mine.new_zeros(most - len(mine), *mine.shape[1:])))
+        together = mine.new_empty(self.size * most, *mine.shape[1:])
+        dist.all_gather_into_tensor(together, mine, group=self.group)
+        if min(counts) == most:
+            return together
+        return torch.cat([part[:count] for part, count in zip(together.split(most), counts, strict=True)])
+
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum over the processes, the same bits on all; of half types in float32."""
+        from torch import distributed as dist
+
+        total = value.to(torch.promote_types(value.dtype, torch.float32), copy=True).contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total.to(value.dtype)
+
+
+_KNOWN: dict[tuple[Any, ...], list[Header]] = {}
+
+
+def _checked(headers: list[Header]) -> list[Header]:
+    refused = [rank for rank, header in enumerate(headers) if header.refused]
+    if refused:
+        raise RuntimeError(
+            f"linear_cross_entropy: expected right arguments on all ranks of the group, found that rank {refused[0]} refused"
+            " its own: see the error there"
+        )
+    for name, place, what in (
+        ("input", 3, "the same number of features"),
+        ("arguments", 4, "the same types, options and shapes of class tables"),
+        ("target", 5, 'the same labels (batch="gathered" is for a batch of each rank)'),
+    ):
+        values = [header[place] for header in headers]
+        if len(set(values)) > 1:
+            found = f"{values} features" if place == 3 else f"others on rank {_odd(values)}"
+            raise ValueError(f"{name}: expected {what} on all ranks of the group, found {found}")
+    return headers
+
+
+def _odd(values: list[int]) -> int:
+    """The first rank that differs from most."""
+    usual = max(values, key=values.count)
+    return next(rank for rank, value in enumerate(values) if value != usual)
+
+
+@torch.compiler.assume_constant_result
+def _agreed(name: str, *header_and_device: Any) -> list[Header]:
+    """While a graph is made, of which this becomes a constant: all processes make it at the same time."""
+    *header, device = header_and_device
+    ranks = Ranks(torch._C._distributed_c10d._resolve_process_group(name))
+    return _checked(ranks._all(Header(*header), torch.device(device)))
+
+
+class Replicated(torch.autograd.Function):
+    """The identity on what all processes have, whose gradient is the sum of what each finds for it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return value.view_as(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.summed(grad), None
+
+
+class Gathered(torch.autograd.Function):
+    """The rows of all processes. The gradient of this one's is the sum over the processes, times their number.
+
+    That number because ``DistributedDataParallel`` and FSDP divide by it: their mean of the gradients of all backbones is
+    then the gradient of the one loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, counts: tuple[int, ...]) -> Tensor:
+        ctx.ranks, ctx.counts = ranks, counts
+        return ranks.gathered(rows, counts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ranks, counts = ctx.ranks, ctx.counts
+        return own_rows(_summed_rows(ranks, grad, counts), ranks, counts) * ranks.size, None, None
+
+
+def _summed_rows(ranks: Ranks, grad: Tensor, counts: tuple[int, ...]) -> Tensor:
+    return ranks.summed(grad)
+
+
+def own_rows(rows: Tensor, ranks: Ranks, counts: Sequence[int]) -> Tensor:
+    """This process's, of those of all."""
+    first = sum(counts[: ranks.rank])
+    return rows[first : first + counts[ranks.rank]]
+
+
+class OwnRows(torch.autograd.Function):
+    """This process's of the values of all rows, which all have. The gradient is of all rows, on every process."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: Ranks, counts: tuple[int, ...]) -> Tensor:
+        ctx.ranks, ctx.counts = ranks, counts
+        return own_rows(values, ranks, counts).clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks.gathered(grad, ctx.counts), None, None
+
+
+class OwnClasses(torch.autograd.Function):
+    """This process's part of a class table that all have. The gradient is of the whole table, on every process."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ranks: Ranks, own: Tensor | slice) -> Tensor:
+        ctx.ranks, ctx.own, ctx.shape = ranks, own, table.shape
+        return table[own].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        whole = grad.new_zeros(ctx.shape)
+        whole[ctx.own] = grad
+        return ctx.ranks.summed(whole), None, None
