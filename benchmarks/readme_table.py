@@ -40,6 +40,7 @@ PARTS = {
         "Experts' linear classifiers and the mean of what they say", "cpu-expert-linear.jsonl", " --op expert_linear"
     ),
     "binary_cross_entropy": Part("The sigmoid family", "cpu-binary.jsonl", " --op binary_cross_entropy"),
+    "accuracy_counts": Part("Right predictions of each class", "cpu-metrics.jsonl", " --op accuracy_counts"),
     "sampling": Part("Sampling", "cpu-sampling.jsonl", " --op sampling"),
 }
 SUMMARISED = tuple(op for op in PARTS if op in report.LOSSES)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from . import backends, bench, experts, functional, integrations, losses, metrics, rebalance, samplers
     from .backends import available_backends, explain, use_backend
     from .calibration import DisAlignCalibration, LearnableWeightScaling
+    from .class_parallel_linear import ClassParallelLinear
     from .conversion import convert
     from .heads import CosineLinear
     from .ops.gpu import check
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassParallelLinear",
     "CosineLinear",
     "DisAlignCalibration",
     "LearnableWeightScaling",
@@ -46,6 +48,7 @@ __all__ = [
 
 _MODULES = ("backends", "bench", "experts", "functional", "integrations", "losses", "metrics", "rebalance", "samplers")
 _OWNERS = {
+    "ClassParallelLinear": "class_parallel_linear",
     "CosineLinear": "heads",
     "DisAlignCalibration": "calibration",
     "LearnableWeightScaling": "calibration",

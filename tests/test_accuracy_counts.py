@@ -1,7 +1,8 @@
 """accuracy_counts: every backend against what sorting by PyTorch finds, ties and NaN, wrong calls, compilation.
 
-Sizes: 1 and 2 classes; odd numbers, in which every instruction set runs its tail; 255 to 513, at both sides of the
-blocks of columns after which the CPU kernel leaves a row; over 1024, where a block of a GPU shares a row.
+Sizes: 1 and 2 classes, 8, 9, 16 and 17, at both sides of the classes that one vector holds; odd numbers, in which every
+instruction set runs its tail; 64, 65 and 255 to 513, at both sides of the blocks of columns after which the CPU kernel
+leaves a row; over 1024, where a block of a GPU shares a row.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def half_right(x: Tensor, ignored: int = -100) -> Tensor:
 
 @each_form
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("classes", [1, 2, 7, 33, 255, 257, 513, 1029])
+@pytest.mark.parametrize("classes", [1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 255, 257, 513, 1029])
 def test_values(form: Form, dtype: torch.dtype, classes: int) -> None:
     seed(classes)
     for top_k in {1, min(5, classes), classes}:
@@ -131,6 +132,40 @@ def test_inner_dimensions(form: Form, dtype: torch.dtype, order: str) -> None:
     with form.use():
         found = accuracy_counts(x.to(form.device), y.view(3, 5, 14).to(form.device), top_k=2)
     assert all(torch.equal(mine.cpu(), truth) for mine, truth in zip(found, wanted, strict=True))
+
+
+@each_form
+@pytest.mark.parametrize("kind", ["plain", "ties", "infinite", "nan"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rows_side_by_side(form: Form, dtype: torch.dtype, kind: str) -> None:
+    """Classes apart: on the CPU 64 rows or fewer a lane each, as many as four vectors hold, and groups with a rest."""
+    seed(9)
+    for rows in (1, 15, 16, 64, 65, 150):
+        x = logits(kind, rows, 11).to(dtype)
+        check(form, x.t().contiguous().t(), half_right(x), 2)
+    x = logits(kind, 2 * 70, 11).to(dtype)  # two groups of 70 pixels: a tile of 64 labels has rows of both
+    y = half_right(x)
+    wanted = expected(x, y, 1, 11)
+    with form.use():
+        pixels = x.view(2, 70, 11).transpose(1, 2).contiguous().to(form.device)
+        found = accuracy_counts(pixels, y.view(2, 70).to(form.device))
+        sparse = accuracy_counts(pixels.repeat_interleave(2, 2)[..., ::2], y.view(2, 70).to(form.device))
+    for counts in (found, sparse):
+        assert all(torch.equal(mine.cpu(), truth) for mine, truth in zip(counts, wanted, strict=True))
+
+
+@each_form
+def test_labels_of_any_strides(form: Form) -> None:
+    """As (N, D) with rows that follow one another and not, of which the CPU kernel reads tiles."""
+    seed(10)
+    x = logits("plain", 3 * 70, 7)
+    y = half_right(x)
+    wanted = expected(x, y, 1, 7)
+    x, y = x.view(3, 70, 7).transpose(1, 2).to(form.device), y.view(3, 70).to(form.device)
+    for labels in (y, y.t().contiguous().t(), y.repeat_interleave(3, 1)[:, ::3], y.repeat_interleave(2, 0)[::2]):
+        with form.use():
+            found = accuracy_counts(x, labels)
+        assert all(torch.equal(mine.cpu(), truth) for mine, truth in zip(found, wanted, strict=True))
 
 
 @each_form

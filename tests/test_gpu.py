@@ -228,6 +228,45 @@ def test_graph_goes_on_in_the_stream(stream: str, form: Form) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_graph_of_sampled_classes_goes_on(weighted: bool, sparse: bool, form: Form) -> None:
+    """A step that waits for nothing; captured, each replay has the classes and gradients of the next step."""
+    seed(1)
+    x, y = torch.randn(64, 32).cuda(), torch.randint(5000, (64,)).cuda()
+    w = torch.randn(5000, 32).cuda().requires_grad_()
+    probs = AliasTable(1.0 / torch.arange(1, 5001)).to(torch.device("cuda", 0)) if weighted else None
+    at = torch.tensor(0, device="cuda")
+
+    def run(step: int | Tensor) -> list[Tensor]:
+        sample = ltk.functional.sample_classes(y, 5000, 500, seed=2, step=step, class_probs=probs)
+        loss = ltk.functional.linear_cross_entropy(x, w, y, sample=sample, sparse_grad=sparse)
+        (grad,) = torch.autograd.grad(loss, w)
+        return [sample.classes, sample.log_expected, loss.detach(), grad._values() if sparse else grad]
+
+    def counting() -> list[Tensor]:
+        found = run(at)
+        at.add_(1)
+        return found
+
+    with form.use():
+        run(0)
+        torch.cuda.synchronize()
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(at)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        graph, kept = captured(counting)
+        at.zero_()
+        for number in range(3):
+            graph.replay()
+            for value, other in zip(kept, run(number), strict=True):
+                torch.testing.assert_close(value, other)
+
+
+@each_backend
 def test_the_stream_of_a_gpu_is_that_of_a_cpu(form: Form) -> None:
     """All blocks at once, and positions beyond 2^32."""
     index = samples_of_long_tailed_classes()

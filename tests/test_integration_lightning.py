@@ -286,6 +286,27 @@ def test_program(tmp_path: Path) -> None:
     assert whole["balanced"] > plain["balanced"] > 0.8
 
 
+@pytest.mark.slow
+def test_the_program_shows_what_ldam_drw_is_for() -> None:
+    """Over five divisions of the data, since a single one may say anything."""
+    import lightning_module
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain, ldam = (lightning_module.main(["--loss", loss, "--seeds", "5"]) for loss in ("ce", "ldam-drw"))
+    assert ldam["balanced"] > plain["balanced"] + 0.01
+    assert ldam["few"] > plain["few"] + 0.03
+
+
+@pytest.mark.parametrize("beside", [["--stop-after", "3"], ["--out", "x"], ["--devices", "2"]])
+def test_several_seeds_are_whole_runs_in_one_process(beside: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    import lightning_module
+
+    with pytest.raises(SystemExit):
+        lightning_module.main(["--seeds", "2", *beside])
+    assert "--seeds: expected 1, or more without" in capsys.readouterr().err
+
+
 def test_program_in_two_processes() -> None:
     """As users start it: by its path, and Lightning starts the second process."""
     assert "ldam-drw, instance sampling" in run(PROGRAMS / "lightning_module.py", "--devices", "2", "--epochs", "3")

@@ -283,8 +283,25 @@ def test_peak_memory(rows: int, classes: int, arguments: dict[str, Any]) -> None
     assert beyond <= max(32 << 20, 4 * rows * classes // 20)
 
 
+def test_more_logits_than_32_bits_count() -> None:
+    """2200 rows of a million classes: 2.2e9 logits, of which PyTorch makes those of three rows."""
+    rows, classes = 2200, 1_000_000
+    x, w, y = torch.randn(rows, 2), torch.randn(classes, 2), torch.randint(classes, (rows,))
+    y[-1] = classes - 1
+    x.requires_grad_()
+    loss = linear_cross_entropy(x, w, y, reduction="none")
+    (gradient,) = torch.autograd.grad(loss, x, torch.ones(rows))
+    some = torch.tensor([0, rows // 2, rows - 1])
+    few = x.detach()[some].double().requires_grad_()
+    exact = F.cross_entropy(F.linear(few, w.double()), y[some], reduction="none")
+    torch.testing.assert_close(loss.detach()[some], exact.float())
+    torch.testing.assert_close(gradient[some], torch.autograd.grad(exact.sum(), few)[0].float())
+
+
 def test_the_rule_of_chunks() -> None:
-    rule = chunked_linear.chunk_rows
+    def rule(rows: int, classes: int, element_bytes: int, on_cpu: bool, features: int = 4) -> int:
+        return chunked_linear.chunk_rows(rows, classes, features, element_bytes, on_cpu)
+
     assert rule(64, 1000, 4, True) == 64
     assert rule(100_000, 1000, 4, True) == chunked_linear.CPU_CACHE_BYTES // 4000
     assert rule(100_000, 50_000, 4, True) == chunked_linear.LEAST_ROWS
@@ -294,6 +311,9 @@ def test_the_rule_of_chunks() -> None:
     assert rule(10, 10**9, 4, True) == 1
     assert rule(100_000, 1000, 2, False) == chunked_linear.LOGITS_BYTES // 2000
     assert rule(100_000, 100_000, 2, False) == chunked_linear.GPU_LEAST_ROWS
+    assert rule(100, 1_000_000, 4, True, 64) == 16, "a quarter of the classifier"
+    assert rule(100, 1_000_000, 4, True, 512) == rule(100, 10**7, 2, False, 512) == chunked_linear.FEW_ROWS
+    assert rule(2000, 1_000_000, 4, True, 512) == 100, "a twentieth of the logits is more"
 
 
 # --- Backends, threads ---

@@ -14,6 +14,7 @@ import torch
 from cross_entropy_cases import Form, each_gpu_form, seed
 from torch import Tensor
 
+import ltkernels as ltk
 from ltkernels import backends
 from ltkernels.class_draws import AliasTable, ClassRounds
 from ltkernels.ops import sampling as op
@@ -238,3 +239,23 @@ def test_all_kinds_at_random(form: Form) -> None:
         epoch, start, step = pick(0, 2**32), pick(0, 2 ** pick(1, 60)), pick(1, 100)
         data = tables(members, counts)
         check(call(data, kind, seed=pick(-(2**62), 2**62), epoch=epoch, start=start, step=step, count=130), form)
+
+
+@each_gpu_form
+@pytest.mark.parametrize("classes", [10, 1000, 2**31 - 1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_samples_of_classes(form: Form, weighted: bool, classes: int) -> None:
+    """Positions beyond 2^61, in permutations of few and of many elements; alias tables only of what fits in memory."""
+    labels, step = torch.tensor([3, 7, 3]), torch.tensor(5, device=form.device)
+    probs = AliasTable(torch.arange(1, min(classes, 1000) + 1)) if weighted else None
+    size = min(classes // 2, 50)
+    classes = probs.num_classes if probs else classes
+    with ltk.use_backend("reference"):
+        expected = ltk.functional.sample_classes(labels, classes, size, seed=SEED, step=5, class_probs=probs)
+    probs = probs and probs.to(form.device)
+    with form.use():
+        found = ltk.functional.sample_classes(
+            labels.to(form.device), classes, size, seed=SEED, step=step, class_probs=probs
+        )
+    assert torch.equal(found.classes.cpu(), expected.classes)
+    torch.testing.assert_close(found.log_expected.cpu(), expected.log_expected)

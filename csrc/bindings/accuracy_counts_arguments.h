@@ -10,6 +10,11 @@
 
 namespace ltk::bindings {
 
+// Rows that all follow one another at the same distance are found without a division.
+inline Layout at_one_distance(const Layout& l) {
+  return l.stride_outer == l.inner * l.stride_inner ? Layout{1, l.stride_inner, l.stride_class, 0} : l;
+}
+
 // A direct call of the op has been checked by nobody.
 inline AccuracyCall accuracy_call(const Tensor& input, const Tensor& target, Tensor& correct, Tensor& total,
                                   int64_t top_k, int64_t ignore_index) {
@@ -40,7 +45,7 @@ inline AccuracyCall accuracy_call(const Tensor& input, const Tensor& target, Ten
   call.input = input.const_data_ptr();
   call.input_layout = of_labels ? row_layout(input) : layout(input);
   call.target = target.const_data_ptr();
-  call.target_layout = row_layout(target);
+  call.target_layout = at_one_distance(row_layout(target));
   call.correct = static_cast<int64_t*>(correct.mutable_data_ptr());
   call.total = static_cast<int64_t*>(total.mutable_data_ptr());
   return call;

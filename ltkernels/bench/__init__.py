@@ -7,6 +7,7 @@ how to read it. One idea a file:
 * ``peers``: the losses and the forms they are compared with;
 * ``sampling``: class-balanced sampling and what it is compared with;
 * ``peers_crt``: a whole step of training a classifier on cached features;
+* ``peers_accuracy_counts``: the counts of an evaluation and how they are made today;
 * ``device``: timing, memory and name of a machine;
 * ``runner``: equality first, then interleaved rounds, then records;
 * ``targets``: the figures this project sets itself;

@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ltkernels.bench import peers, peers_crt, peers_expert_linear, peers_linear, plot, report, runner, sampling
+from ltkernels.bench import (
+    peers,
+    peers_accuracy_counts,
+    peers_crt,
+    peers_expert_linear,
+    peers_linear,
+    plot,
+    report,
+    runner,
+    sampling,
+)
 from ltkernels.bench.device import Cpu, Cuda
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
 from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
@@ -53,6 +63,11 @@ OPS = {
     "binary_cross_entropy": _Op(ROW_SCENARIOS, {variant.name: variant for variant in BINARY_VARIANTS}, runner.measure),
     "crt": _Op(
         peers_crt.CRT_SCENARIOS, {variant.name: variant for variant in peers_crt.CRT_VARIANTS}, peers_crt.measure
+    ),
+    "accuracy_counts": _Op(
+        peers_accuracy_counts.ACCURACY_SCENARIOS,
+        {variant.name: variant for variant in peers_accuracy_counts.ACCURACY_VARIANTS},
+        peers_accuracy_counts.measure,
     ),
     "sampling": _Op(sampling.SCENARIOS, {variant.name: variant for variant in sampling.VARIANTS}, sampling.measure),
 }
@@ -182,7 +197,12 @@ def _say(text: str) -> None:
 
 
 def _progress(
-    variant: peers.Variant | sampling.Variant | peers_expert_linear.Variant | peers_linear.Variant | peers_crt.Variant,
+    variant: peers.Variant
+    | sampling.Variant
+    | peers_expert_linear.Variant
+    | peers_linear.Variant
+    | peers_crt.Variant
+    | peers_accuracy_counts.Variant,
     shape: Scenario,
     measurement: runner.Measurement,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ltkernels.bench import peers, peers_crt, sampling
+from ltkernels.bench import peers, peers_accuracy_counts, peers_crt, sampling
 from ltkernels.bench.report import LOSSES, RATE, TITLES, Record, duration, machine
 
 DEFAULT_OP = {"op": "cross_entropy"}
@@ -38,11 +38,21 @@ ROWS = dict.fromkeys(LOSSES, _OF_LOSSES) | {
         (peers_crt.PRODUCTS, "the two products alone"),
         (peers_crt.GATHER, "the gather alone"),
     ),
+    "accuracy_counts": (
+        (peers_accuracy_counts.USUAL, "argmax or topk, and bincount"),
+        (peers.EAGER, "plain PyTorch, the cheapest form"),
+        (peers.COMPILE, "torch.compile of that"),
+        (peers.PUBLISHED, "published form"),
+        (peers_accuracy_counts.TORCHMETRICS, "torchmetrics"),
+        (peers.MODULE, "ShotAccuracy.update"),
+        (peers_accuracy_counts.AMAX, "the largest logits alone"),
+    ),
 }
 WHAT = dict.fromkeys(LOSSES, "float32, forward and backward with argument checks") | {
     "sampling": "a million indices, or all samples of the data set (index, shuffle)",
     "crt": "float32, batch x features x classes, random features in memory for as many samples as the data set has; a "
     "step is draw, gather, classifier, loss, gradients and update",
+    "accuracy_counts": "a batch of an evaluation, rows x classes, float32",
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltkernels.bench import peers, peers_crt, sampling
 from ltkernels.bench.peers import VARIANTS
+from ltkernels.bench.peers_accuracy_counts import ACCURACY_VARIANTS
 from ltkernels.bench.peers_binary import BINARY_VARIANTS
 from ltkernels.bench.peers_distillation import DISTILLATION_VARIANTS
 from ltkernels.bench.peers_expert_linear import EXPERT_LINEAR_VARIANTS
@@ -38,6 +39,7 @@ TITLES |= {variant.name: variant.title for variant in EXPERT_LINEAR_VARIANTS}
 TITLES |= {variant.name: variant.title for variant in LINEAR_VARIANTS}
 TITLES |= {variant.name: variant.title for variant in peers_crt.CRT_VARIANTS}
 TITLES |= {variant.name: variant.title for variant in sampling.VARIANTS}
+TITLES |= {variant.name: variant.title for variant in ACCURACY_VARIANTS}
 LOSSES = (
     "cross_entropy",
     "row_cross_entropy",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltkernels.bench import peers, peers_linear, sampling
+from ltkernels.bench import peers, peers_accuracy_counts, peers_linear, sampling
 from ltkernels.bench.peers_experts import EXPERTS
 
 Record = Mapping[str, Any]
@@ -68,6 +68,11 @@ LINEAR_LIMITS: dict[str, dict[str, float]] = {
     peers.EAGER: {"2048x512x50257": 1.0, "4096x64x21841": 0.85},
     peers_linear.CHUNKED: {"2048x512x50257": 0.95, "4096x64x21841": 0.95},
 }
+# Time on one thread, at most of the other's, by scenario.
+ACCURACY_LIMITS: dict[str, dict[str, float]] = {
+    peers_accuracy_counts.USUAL: {"128x100": 0.5, "4096x10": 0.5, "512x1000": 0.15, "512x8142": 0.1},
+    peers.EAGER: {"128x100": 1.0, "4096x10": 0.6, "512x1000": 0.8, "512x8142": 0.8},
+}
 LINEAR_BYTES = 32 << 20
 LINEAR_SHARE = 0.05  # of the logits: what may be held beyond inputs and gradients if it is more than LINEAR_BYTES
 BYTES_PER_ROW_OR_CLASS = 64  # what O(N + C) beyond logits and gradient is allowed to mean
@@ -109,6 +114,8 @@ def judge(records: Sequence[Record]) -> list[Line]:
             lines += _expert_linear(record)
         elif record["peer"] == peers.OURS and record["op"] == "linear_cross_entropy":
             lines += _linear(record)
+        elif record["peer"] == peers.OURS and record["op"] == "accuracy_counts":
+            lines += _accuracy_counts(record)
         elif record["peer"] == peers.OURS and record["mode"] == "fwd_bwd":
             lines += _speed(record) if record["dtype"] == "float32" else ()
             lines += _memory_and_error(record)
@@ -170,6 +177,15 @@ def _linear(record: Record) -> Iterator[Line]:
         what = f"{variant}: peak bytes beyond inputs and gradients"
         yield Line(what, scenario, threads, record["beyond_bytes"], allowed)
     yield from _error(record)
+
+
+def _accuracy_counts(record: Record) -> Iterator[Line]:
+    variant, scenario, threads, ratio = record["variant"], record["scenario"], record["threads"], record["ratio"]
+    judged = record["dtype"] == "float32" and threads == 1
+    for base in (*ACCURACY_LIMITS, peers_accuracy_counts.AMAX):
+        if base in ratio:
+            limit = ACCURACY_LIMITS.get(base, {}).get(scenario) if judged else None
+            yield Line(f"{variant}: time of {base}", scenario, threads, ratio[base], limit)
 
 
 def _memory_and_error(record: Record) -> Iterator[Line]:

@@ -1,8 +1,8 @@
 """``functional.linear_cross_entropy`` with a group: from labels and tables of all classes to those of this process.
 
-The op (``ops/class_parallel.py``) knows the classes of this process and numbers of the rows' labels. Here is what stands
-between it and the arguments of one process: the header, rows that are gathered, denominators, labels as places, parts of
-tables, and the sums of gradients over the processes (``ranks.py``).
+The op (``ops/class_parallel.py``) knows the classes of this process and numbers of the rows' labels. Here is what
+stands between it and the arguments of one process: the header, rows that are gathered, denominators, labels as places,
+parts of tables, and the sums of gradients over the processes (``ranks.py``).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Part(NamedTuple):
 
     first: int
     """The first of this process's classes."""
-    count: int
-    """Of this process's classes."""
+    here: int
+    """The number of this process's classes."""
     classes: int
     """Of all processes together."""
     sample: ClassSample | None
@@ -51,21 +51,21 @@ class Part(NamedTuple):
     def own(self) -> Tensor | slice:
         """The classes whose logits are computed here."""
         if self.sample is None:
-            return slice(self.first, self.first + self.count)
+            return slice(self.first, self.first + self.here)
         return self.sample.classes + self.first
 
     def places(self, label: Tensor, ignore_index: int) -> Tensor:
         """As :class:`ltkernels.ops.class_shards.Shard` has them."""
-        places = local_places(label, self.first, self.count, self.classes, ignore_index)
+        places = local_places(label, self.first, self.here, self.classes, ignore_index)
         if self.sample is None:
             return places
         of = self.sample.classes
-        here = (places >= 0) & (places < self.count)
+        here = (places >= 0) & (places < self.here)
         at = torch.searchsorted(of, torch.where(here, places, 0)).clamp_max(max(0, len(of) - 1))
         if places.is_cpu and arg.may_look(places) and not bool((of[at[here]] == places[here]).all()):
             row = int((here & (of[at] != places)).nonzero()[0])
             raise ValueError(f"sample: expected all labels of this rank's classes in it, found none of row {row}")
-        return torch.where(here, at, torch.where(places == self.count, len(of), places))
+        return torch.where(here, at, torch.where(places == self.here, len(of), places))
 
 
 def linear_cross_entropy(
@@ -91,10 +91,14 @@ def linear_cross_entropy(
             :func:`ltkernels.functional.linear_cross_entropy`.
         rows: its other arguments, by name.
     """
+    if torch._C._are_functorch_transforms_active():  # in which no message can be sent
+        raise RuntimeError("linear_cross_entropy: expected no transform of torch.func with a group, found one")
     ranks = Ranks.of(group, linear_weight)
     problem: Exception | None = None
     header = Header(1, 0, 0, 0, 0, 0)
     try:
+        if sparse_grad and (sample is None or is_sharded(linear_weight)):
+            raise ValueError("sparse_grad: expected False with a DTensor or without sample, found True")
         call = _Call(checked, products, input, linear_weight, linear_bias, target, batch, sample, rows)
         header = call.header()
     except (TypeError, ValueError, IndexError) as error:
@@ -213,12 +217,7 @@ class _Call:
             return self._by_op(input, tensors, options, products, ranks, part, correction, sparse_grad)
 
         logits = input.detach().new_empty(()).expand(len(input), part.classes)
-        order = (
-            "weight", "ignore_index", "reduction", "label_smoothing", "scale", "class_scale", "class_bias",
-            "class_margin", "margin_type", "focal_gamma", "focal_pt", "focal_grad", "sample_weight", "smoothing_mode",
-            "z_loss", "row_gate", "feature_norm", "influence_alpha", "influence_eps", "denominator", "empty",
-        )  # fmt: skip
-        loss = _of_rows(logits, target, *(rows[name] for name in order), False, op)
+        loss = _of_rows(logits, target, **rows, inplace=False, op=op)
         if loss.dim() and self.batch == "gathered":
             loss = OwnRows.apply(loss, ranks, counts)
         return self.head.shaped(loss)  # type: ignore[no-any-return]

@@ -308,7 +308,6 @@ def _probs_on(table: AliasTable) -> Tensor:
     return _probs[table]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a number of this table, not of what a graph is given
 def number_of_draws(table: AliasTable, size: int) -> int:
     """How many draws find one more than ``size`` different classes but once in 10^9 times.
 
@@ -320,6 +319,11 @@ def number_of_draws(table: AliasTable, size: int) -> int:
     if size not in numbers:
         numbers[size] = _number_of_draws(table.class_probs, size)
     return numbers[size]
+
+
+# A number of the table, not of what a graph is given. It is what torch.compiler.assume_constant_result does, which
+# imports torch._dynamo for it (tests/test_import.py).
+number_of_draws._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _number_of_draws(class_probs: Tensor, size: int) -> int:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ltkernels.ops.class_parallel import gathered, last_gradient
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -120,26 +122,18 @@ class Ranks:
         return _KNOWN[key]
 
     def _all(self, header: Header, device: torch.device) -> list[Header]:
-        from torch import distributed as dist
-
         mine = torch.tensor(header, dtype=torch.int64, device=device)
-        together = mine.new_empty(self.size * len(header))
-        dist.all_gather_into_tensor(together, mine, group=self.group)
-        return [Header(*values) for values in together.view(self.size, -1).tolist()]
+        return [Header(*values) for values in gathered(mine, self.group).tolist()]
 
     def gathered(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """The rows ``(n_r, ...)`` of all processes, in order, without gradient."""
-        from torch import distributed as dist
-
-        most = max(counts)
-        mine = rows.detach().contiguous()
+        most, mine = max(counts), rows.detach()
         if len(mine) < most:
             mine = torch.cat((mine, mine.new_zeros(most - len(mine), *mine.shape[1:])))
-        together = mine.new_empty(self.size * most, *mine.shape[1:])
-        dist.all_gather_into_tensor(together, mine, group=self.group)
+        together = gathered(mine, self.group)
         if min(counts) == most:
-            return together
-        return torch.cat([part[:count] for part, count in zip(together.split(most), counts, strict=True)])
+            return together.flatten(0, 1)
+        return torch.cat([part[:count] for part, count in zip(together, counts, strict=True)])
 
     def summed(self, value: Tensor) -> Tensor:
         """The sum over the processes, the same bits on all; of half types in float32."""
@@ -157,8 +151,8 @@ def _checked(headers: list[Header]) -> list[Header]:
     refused = [rank for rank, header in enumerate(headers) if header.refused]
     if refused:
         raise RuntimeError(
-            f"linear_cross_entropy: expected right arguments on all ranks of the group, found that rank {refused[0]} refused"
-            " its own: see the error there"
+            "linear_cross_entropy: expected right arguments on all ranks of the group, found that rank"
+            f" {refused[0]} refused its own: see the error there"
         )
     for name, place, what in (
         ("input", 3, "the same number of features"),
@@ -178,12 +172,15 @@ def _odd(values: list[int]) -> int:
     return next(rank for rank, value in enumerate(values) if value != usual)
 
 
-@torch.compiler.assume_constant_result
 def _agreed(name: str, *header_and_device: Any) -> list[Header]:
     """While a graph is made, of which this becomes a constant: all processes make it at the same time."""
     *header, device = header_and_device
     ranks = Ranks(torch._C._distributed_c10d._resolve_process_group(name))
     return _checked(ranks._all(Header(*header), torch.device(device)))
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo for it (tests/test_import.py).
+_agreed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Replicated(torch.autograd.Function):
@@ -195,16 +192,15 @@ class Replicated(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.summed(grad), None
+        return last_gradient(ctx.ranks.summed, grad), None
 
 
 class Gathered(torch.autograd.Function):
     """The rows of all processes. The gradient of this one's is the sum over the processes, times their number.
 
-    That number because ``DistributedDataParallel`` and FSDP divide by it: their mean of the gradients of all backbones is
-    then the gradient of the one loss.
+    That number because ``DistributedDataParallel`` and FSDP divide by it: their mean of the gradients of all backbones
+    is then the gradient of the one loss.
     """
 
     @staticmethod
@@ -213,14 +209,13 @@ class Gathered(torch.autograd.Function):
         return ranks.gathered(rows, counts)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ranks, counts = ctx.ranks, ctx.counts
-        return own_rows(_summed_rows(ranks, grad, counts), ranks, counts) * ranks.size, None, None
 
+        def own(whole: Tensor) -> Tensor:
+            return own_rows(ranks.summed(whole), ranks, counts) * ranks.size
 
-def _summed_rows(ranks: Ranks, grad: Tensor, counts: tuple[int, ...]) -> Tensor:
-    return ranks.summed(grad)
+        return last_gradient(own, grad), None, None
 
 
 def own_rows(rows: Tensor, ranks: Ranks, counts: Sequence[int]) -> Tensor:
@@ -238,9 +233,9 @@ class OwnRows(torch.autograd.Function):
         return own_rows(values, ranks, counts).clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks.gathered(grad, ctx.counts), None, None
+        ranks, counts = ctx.ranks, ctx.counts
+        return last_gradient(lambda own: ranks.gathered(own, counts), grad), None, None
 
 
 class OwnClasses(torch.autograd.Function):
@@ -252,8 +247,12 @@ class OwnClasses(torch.autograd.Function):
         return table[own].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        whole = grad.new_zeros(ctx.shape)
-        whole[ctx.own] = grad
-        return ctx.ranks.summed(whole), None, None
+        ranks, classes, shape = ctx.ranks, ctx.own, ctx.shape
+
+        def summed(own: Tensor) -> Tensor:
+            whole = own.new_zeros(shape)
+            whole[classes] = own
+            return ranks.summed(whole)
+
+        return last_gradient(summed, grad), None, None

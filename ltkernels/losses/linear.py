@@ -14,12 +14,18 @@ from torch import Tensor, nn
 
 from ltkernels import arguments as arg
 from ltkernels import functional
+from ltkernels.class_draws import AliasTable
+from ltkernels.class_parallel_linear import BATCHES, ClassParallelLinear
+from ltkernels.functional import class_samples
+from ltkernels.functional.ranks import Ranks
 from ltkernels.functional.row_cross_entropy import Target
 from ltkernels.functional.unit import unit
 from ltkernels.losses.base import AdjustedCrossEntropy
 from ltkernels.rebalance import DeferredReweighting
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.nn import LinearCrossEntropyOptions
 
 __all__ = ["LinearCrossEntropyLoss"]
@@ -36,6 +42,14 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
 
     The layer is the attribute ``linear``: at evaluation predict from ``loss.logits(features)``.
 
+    With ``sampled_classes`` or ``sample_rate`` a training step is of a sample of the classes alone, of
+    :func:`ltkernels.functional.sample_classes`: Partial FC. Every forward in training mode takes the next sample, which
+    a counter in ``state_dict`` numbers: a run that is resumed goes on with the samples it would have had. In ``eval()``
+    mode the loss is of all classes.
+
+    With ``group`` the layer is a :class:`ltkernels.ClassParallelLinear`, whose classes are divided among the processes;
+    the loss is the same on all of them. A ``state_dict`` of whole tensors loads into either kind of layer.
+
     Args:
         in_features: D, size of a feature vector.
         num_classes: C.
@@ -51,6 +65,22 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
         criterion: another loss, in place of the four arguments above ``options``.
         normalize: whether logits are cosines, as the losses with margins expect them; their scale is the
             criterion's.
+        sampled_classes: classes of a step, those of its labels included, 1 to C; with ``group`` of all processes
+            together, of which each takes its share, rounded up.
+        sample_rate: instead: their share of C, in (0, 1].
+        class_probs: how probable the classes are relative to one another as negatives, ``(C,)``, or an
+            :class:`~ltkernels.samplers.AliasTable`; None: all alike.
+        correction: whether the loss of a sample is corrected for the classes it leaves out, so that it estimates the
+            loss of all; Partial FC does not.
+        sparse_grad: whether the gradients of the layer are sparse, for :class:`torch.optim.SparseAdam`, Adagrad or SGD;
+            not with ``group``.
+        seed: of the samples.
+        group: the processes that share the classes: a process group, ``dist.group.WORLD`` for all (which is None before
+            ``torch.distributed`` is initialised), or a ``DeviceMesh`` of one dimension. None: this process has
+            all classes.
+        batch: with ``group``: whether all processes have the same rows, ``"replicated"``, or each has rows of its own,
+            ``"gathered"``, as in ``DistributedDataParallel``; the loss is of all rows then, and the gradient of the
+            features is made for being averaged over the processes, as DDP and FSDP do.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -63,6 +93,13 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
         >>> loss(torch.randn(8, 16), torch.randint(3, (8,))).backward()
         >>> loss.linear.weight.grad.shape, loss.logits(torch.randn(2, 16)).shape
         (torch.Size([3, 16]), torch.Size([2, 3]))
+        >>> partial_fc = ltk.losses.LinearCrossEntropyLoss(
+        ...     16, 100_000, criterion=ltk.losses.CosFaceLoss(), normalize=True, sample_rate=0.1, correction=False,
+        ...     sparse_grad=True,
+        ... )
+        >>> partial_fc(torch.randn(8, 16), torch.randint(100_000, (8,))).backward()
+        >>> partial_fc.linear.weight.grad._nnz()
+        10000
     """
 
     _defaults: ClassVar[Mapping[str, object]] = {
@@ -72,8 +109,15 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
         "label_smoothing": 0.0,
         "options": None,
         "normalize": False,
+        "sampled_classes": None,
+        "correction": True,
+        "sparse_grad": False,
+        "seed": 0,
+        "batch": "replicated",
     }
     _made = False
+    linear: nn.Linear | ClassParallelLinear
+    sample_step: Tensor
 
     def __init__(
         self,
@@ -91,6 +135,14 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
         options: LinearCrossEntropyOptions | None = None,
         criterion: AdjustedCrossEntropy | None = None,
         normalize: bool = False,
+        sampled_classes: int | None = None,
+        sample_rate: float | None = None,
+        class_probs: Tensor | AliasTable | None = None,
+        correction: bool = True,
+        sparse_grad: bool = False,
+        seed: int = 0,
+        group: ProcessGroup | DeviceMesh | None = None,
+        batch: str = "replicated",
     ) -> None:
         super().__init__(
             weight=weight,
@@ -103,11 +155,21 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
         self.out_features = tuple(arg.size("out_features", size) for size in out_features)
         self.options = options
         self.normalize = normalize
+        self.correction, self.sparse_grad, self.seed = correction, sparse_grad, arg.integer("seed", seed)
         if criterion is not None:
             self._check_criterion(criterion)
         self.criterion = criterion
-        columns = math.prod(self.out_features, start=self.num_classes)
-        self.linear = nn.Linear(self.in_features, columns, bias=bias, device=device, dtype=dtype)
+        self.batch = arg.choice("batch", batch, BATCHES)
+        if group is None:
+            columns = math.prod(self.out_features, start=self.num_classes)
+            self.linear = nn.Linear(self.in_features, columns, bias=bias, device=device, dtype=dtype)
+        else:
+            self._refuse_with_group()
+            self.linear = ClassParallelLinear(
+                self.in_features, self.num_classes, bias=bias, group=group, device=device, dtype=dtype
+            )
+            self.linear.normalize = normalize  # only now: its start is nn.Linear's, as without a group
+        self._set_sampled(sampled_classes, sample_rate, class_probs)
         self._made = True
         self._check()
 
@@ -117,7 +179,7 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
         Args:
             input: features, ``(D,)``, ``(N, D)`` or ``(..., D)``.
             target: labels, probabilities or ``(labels, other labels, lam)``, as of
-                :func:`ltkernels.functional.linear_cross_entropy`.
+                :func:`ltkernels.functional.linear_cross_entropy`; with ``group`` labels are those of all classes.
             sample_weight: a factor on the loss of each row, of the labels' shape.
 
         Returns:
@@ -128,11 +190,15 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
         bias: Tensor | None = self.linear.bias
         if self.out_features:
             weight, bias = weight.view(*shape, self.in_features), None if bias is None else bias.view(shape)
-        return self._of(input, weight, bias, target, sample_weight)
+        sample = self._next_sample(target) if self.training and self.sampled_classes is not None else None
+        return self._of(input, weight, bias, target, sample_weight, sample)
 
     def logits(self, input: Tensor) -> Tensor:
         """Logits for evaluation, without the loss's tables: ``(..., C)``, or ``(N, C, d1, ..., dK)``."""
         weight = self.linear.weight
+        if isinstance(self.linear, ClassParallelLinear):
+            whole: Tensor = self.linear(input, self.batch)
+            return whole
         z: Tensor = nn.functional.linear(
             unit(input) if self.normalize else input, unit(weight) if self.normalize else weight, self.linear.bias
         )
@@ -149,12 +215,83 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
             head += f", out_features={self.out_features}"
         return ", ".join(part for part in (head, super().extra_repr()) if part)
 
+    def _refuse_with_group(self) -> None:
+        if self.out_features:
+            raise ValueError(f"out_features: expected () with group, found {self.out_features}")
+        if self.sparse_grad:
+            raise ValueError("sparse_grad: expected False with group, whose layer is a DTensor, found True")
+
+    def _set_sampled(self, count: int | None, rate: float | None, class_probs: Tensor | AliasTable | None) -> None:
+        self.sampled_classes: int | None = None
+        self._class_probs: AliasTable | None = None
+        if count is None and rate is None:
+            for name, value in (("class_probs", class_probs), ("sparse_grad", self.sparse_grad or None)):
+                if value is not None:
+                    raise ValueError(f"{name}: expected none without sampled_classes or sample_rate, found {value!r}")
+            return
+        if count is not None and rate is not None:
+            raise ValueError(
+                f"sampled_classes: expected sampled_classes or sample_rate, found both, {count!r} and {rate!r}"
+            )
+        if count is not None and arg.size("sampled_classes", count) > self.num_classes:
+            raise ValueError(f"sampled_classes: expected at most num_classes, {self.num_classes}, found {count}")
+        for name in ("correction", "sparse_grad"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, found {type(value).__name__}")
+        if self.sparse_grad and self.out_features:
+            raise ValueError(f"sparse_grad: expected False with out_features {self.out_features}, found True")
+        self.sampled_classes = class_samples.sampled_size(self.num_classes, count, rate)
+        if class_probs is not None:
+            table = class_samples.prepared(class_probs, self.num_classes)
+            first, end = self._class_range
+            if end - first < self.num_classes:  # what was given, and not what the table has rounded
+                given = class_probs if isinstance(class_probs, Tensor) else table.class_probs
+                self._class_probs = AliasTable(given[first:end]) if end > first else None
+            else:
+                self._class_probs = table
+            if self._class_probs is not None and self._own_sampled < end - first:
+                class_samples.number_of_draws(self._class_probs, self._own_sampled)  # refuses what no step could use
+        self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=self.linear.weight.device))
+
+    @property
+    def _class_range(self) -> tuple[int, int]:
+        """This process's classes."""
+        return self.linear.class_range if isinstance(self.linear, ClassParallelLinear) else (0, self.num_classes)
+
+    @property
+    def _own_sampled(self) -> int:
+        """This process's share of the classes of a step, rounded up."""
+        first, end = self._class_range
+        return -(-(self.sampled_classes or 0) * (end - first) // self.num_classes)
+
+    def _next_sample(self, target: Target) -> functional.ClassSample:
+        of = self if self.criterion is None else self.criterion
+        step = self.sample_step
+        if self._class_probs is not None and self._class_probs.device != step.device:
+            self._class_probs = self._class_probs.to(step.device)
+        if isinstance(self.linear, ClassParallelLinear) and self.linear.mesh is not None and self.batch == "gathered":
+            target = class_samples.labels_of_all(target, Ranks.of(None, self.linear.weight))
+        sample = functional.sample_classes(
+            target, self.num_classes, self._own_sampled, seed=self.seed, step=step, class_probs=self._class_probs,
+            ignore_index=of.ignore_index, class_range=self._class_range,
+        )  # fmt: skip
+        step += 1
+        return sample
+
     def _of(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Target, sample_weight: Tensor | None
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Target,
+        sample_weight: Tensor | None,
+        sample: functional.ClassSample | None = None,
     ) -> Tensor:
         of = self if self.criterion is None else self.criterion
         arguments = of._arguments()
         del arguments["inplace"]  # there are no logits that the caller could want
+        if isinstance(self.linear, ClassParallelLinear) and weight is self.linear.weight:
+            arguments["batch"] = self.batch
         if isinstance(target, Tensor) and target.is_floating_point() and arguments["ignore_index"] == -100:
             arguments["ignore_index"] = None
         loss = functional.linear_cross_entropy(
@@ -165,6 +302,9 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
             sample_weight=sample_weight,
             options=self.options,
             normalize=self.normalize,
+            sample=sample,
+            correction=self.correction,
+            sparse_grad=self.sparse_grad and sample is not None,
             **arguments,
         )
         if of._has_absent_classes:

@@ -1,13 +1,14 @@
 """The op behind ``functional.linear_cross_entropy`` with a group: each process has the class vectors of some classes.
 
 The features and labels of all rows are on every process. A chunk of rows at a time, each multiplies them with its own
-classes and finds what ``class_shards.py`` calls the rows' numbers; one all-gather shows every process those of all, from
-which it computes the loss of the rows, the same bits everywhere, and the gradient of its own logits. So a chunk costs
-one message of three numbers a row and two a label, ``(W - 1) (3 + 2 L) n`` floats to receive, whatever C and D are.
+classes and finds what ``class_shards.py`` calls the rows' numbers; one all-gather shows every process those of all,
+from which it computes the loss of the rows, the same bits everywhere, and the gradient of its own logits. So a chunk
+costs one message of three numbers a row and two a label, ``(W - 1) (3 + 2 L) n`` floats to receive, whatever C and D
+are.
 
-What the op returns for the features is this process's part of their gradient, ``G W`` over its own classes; the sum over
-the processes is the caller's, as are gathering rows and dividing tables (``functional/class_parallel.py``). Here are only
-class tables of this process's classes, and numbers of the rows' labels.
+What the op returns for the features is this process's part of their gradient, ``G W`` over its own classes; the sum
+over the processes is the caller's, as are gathering rows and dividing tables (``functional/class_parallel.py``). Here
+are only class tables of this process's classes, and numbers of the rows' labels.
 
 As in ``linear_cross_entropy.py`` the forward of a reduced loss computes the gradients at once. The state has the merged
 numbers, so that a backward which makes the logits again has no message to exchange.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,9 @@ from ltkernels.ops.options import ClassParallelOptions, ProductType, Reduction
 from ltkernels.ops.table import Op, Tensors
 from ltkernels.reference import linear_cross_entropy as reference
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 TENSORS = (
     "input",
     "linear_weight",
@@ -59,32 +63,34 @@ TENSORS = (
 )
 
 
-def exchanged(found: Tensor, group: str) -> Tensor:
-    """``(W, ...)``: what each process of the group found, in order; the bits are the same on all."""
-    if not group:
-        return found[None]
+def gathered(found: Tensor, group: ProcessGroup) -> Tensor:
+    """``(W, ...)``: what each process of the group has, in order; all in one message, of the same shape everywhere."""
     from torch import distributed as dist
 
-    members = torch._C._distributed_c10d._resolve_process_group(group)
-    together = found.new_empty(members.size() * len(found), *found.shape[1:])
-    dist.all_gather_into_tensor(together, found.contiguous(), group=members)
-    return together.view(members.size(), *found.shape)
+    together = found.new_empty(group.size() * len(found), *found.shape[1:])
+    # Its name from torch 2.13 on, in which the old one warns.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(together, found.contiguous(), group=group)
+    return together.view(group.size(), *found.shape)
+
+
+def exchanged(found: Tensor, group: str) -> Tensor:
+    """The same for a group's name; without one, of this process alone."""
+    return gathered(found, torch._C._distributed_c10d._resolve_process_group(group)) if group else found[None]
 
 
 def class_parallel_cross_entropy(tensors: Sequence[Tensor | None], options: ClassParallelOptions) -> Tensor:
     """The loss of this process's part of a classifier.
 
     Args:
-        tensors: by ``TENSORS``: features ``(N, D)``; class vectors ``(c, D)``, biases ``(c,)`` and class tables ``(c,)``
-            of this process, whose c may be 0; and of the rows ``places (L, N)``, ``of_labels (L, PER_LABEL, N)``,
-            ``smooth_total`` and ``feature_norm (N,)``, as ``class_shards.py`` has them.
+        tensors: by ``TENSORS``: features ``(N, D)``; class vectors ``(c, D)``, biases ``(c,)`` and class tables
+            ``(c,)`` of this process, whose c may be 0; and of the rows ``places (L, N)``, ``of_labels (L, PER_LABEL,
+            N)``, ``smooth_total`` and ``feature_norm (N,)``, as ``class_shards.py`` has them.
         options: the scalars.
 
     Returns:
         The sum of the rows' losses, 0-d, or with ``Reduction.NONE`` the losses ``(N,)``.
     """
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("linear_cross_entropy: expected no transform of torch.func with a group, found one")
     return entries.call(OP, tuple(tensors), options)
 
 
@@ -210,22 +216,43 @@ def _new_state(tensors: Tensors, options: Any) -> Tensor:
 # --- The definition ---
 
 
+class _Last(torch.autograd.Function):
+    """A gradient that is not differentiated: a second derivative would need those of the other processes."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
+        return compute(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        raise RuntimeError(_TWICE)
+
+
+_TWICE = "linear_cross_entropy: expected to be differentiated once with a group, found a second time"
+
+
+def last_gradient(compute: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
+    """``compute(grad)``, of which a derivative is an error. A graph of torch.compile has none anyway."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return compute(grad)
+    return _Last.apply(compute, grad)  # type: ignore[no-any-return]
+
+
 class _Once(torch.autograd.Function):
-    """The identity, for what is differentiated once: a second derivative would need those of the other processes."""
+    """The identity, for what is differentiated once."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+        return last_gradient(torch.clone, grad)
 
 
 def _reference(*arguments: Any) -> Tensor:
     if torch._C._are_functorch_transforms_active():  # so differentiates entries.py what the kernels computed
-        raise RuntimeError("linear_cross_entropy: expected to be differentiated once with a group, found a second time")
+        raise RuntimeError(_TWICE)
     *tensors, options = arguments
     input, weight, bias, scale, class_bias, smooth, places, of_labels, smooth_total, norm = tensors
     logits = reference.linear(input, weight, bias, options.normalize)

@@ -61,6 +61,11 @@ def line(name: str, accuracy: dict[str, float]) -> str:
 
 def resumable(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments of a program that can be stopped and go on."""
+    return parse_resumable(resumable_parser(description), argv)
+
+
+def resumable_parser(description: str | None) -> argparse.ArgumentParser:
+    """The same for a program that has more arguments."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loss", choices=LOSSES, default=LOSSES[0])
     parser.add_argument("--sampler", choices=("instance", "class_balanced", "square_root"), default="instance")
@@ -68,6 +73,11 @@ def resumable(description: str | None, argv: Sequence[str] | None) -> argparse.N
     parser.add_argument("--out", type=Path, help="folder for the checkpoint of a run that is stopped")
     parser.add_argument("--stop-after", type=int, metavar="STEPS")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    return parser
+
+
+def parse_resumable(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Refuses arguments that mean nothing together."""
     args = parser.parse_args(argv)
     if (args.resume or args.stop_after is not None) and args.out is None:
         parser.error("--resume and --stop-after need --out")
