@@ -70,7 +70,8 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
         if kind == "figures":
             return readme_table.figures(name, RESULTS, "make docs")
         depth = page.file.src_uri.count("/")
-        return f"![Time of a logit, and times as long as ltkernels]({'../' * depth}pictures/{name}.svg)"
+        of_what = "logit" if name in report.LOSSES else "call"
+        return f"![Time of a {of_what}, and times as long as ltkernels]({'../' * depth}pictures/{name}.svg)"
 
     return MARK.sub(replaced, markdown)
 
