@@ -39,9 +39,13 @@ PARTS = {
     "expert_linear": Part(
         "Experts' linear classifiers and the mean of what they say", "cpu-expert-linear.jsonl", " --op expert_linear"
     ),
+    "linear_cross_entropy": Part(
+        "Classifier and loss in one", "cpu-linear.jsonl", " --op linear_cross_entropy --no-compile"
+    ),
     "binary_cross_entropy": Part("The sigmoid family", "cpu-binary.jsonl", " --op binary_cross_entropy"),
     "accuracy_counts": Part("Right predictions of each class", "cpu-metrics.jsonl", " --op accuracy_counts"),
     "sampling": Part("Sampling", "cpu-sampling.jsonl", " --op sampling"),
+    "crt": Part("A step of classifier re-training", "cpu-crt.jsonl", " --op crt --no-compile"),
 }
 SUMMARISED = tuple(op for op in PARTS if op in report.LOSSES)
 

@@ -20,8 +20,8 @@ MIB = 1 << 20
 SLACK = 6 * MIB
 """What the system's count may be off: pages that were free before the call, buffers of products of matrices."""
 
-# Rows, classes, features, type, arguments. The logits are 1.1 GB, of which a twentieth is more than 32 MiB; 400 MB; rows
-# of 16 MB, of which two are allowed; and rows of 32 MB, of which a quarter of the classifier is four.
+# Rows, classes, features, type, arguments. The logits are 1.1 GB, a twentieth of which is more than 32 MiB; 400 MB;
+# rows of 16 MB, of which two are allowed; and rows of 32 MB, of which a quarter of the classifier is four.
 CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
     "many rows": (3000, 90_000, 16, "float32", {}),
     "cosines": (2000, 50_000, 64, "float32", {"normalize": True}),

@@ -1,4 +1,4 @@
-"""linear_cross_entropy in the GPU benchmark: classifier and loss in one, against what never writes the logits either."""
+"""linear_cross_entropy in the GPU benchmark: classifier and loss in one, against what never has all logits either."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Traffic(TorchDispatchMode):
     """Counts the collective operations that are called while it is on, and the bytes of their results."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
@@ -121,9 +121,14 @@ def _bytes(results: Any) -> int:
 
 def ours(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     """The classifier and its loss, whose logits exist for some rows at a time."""
-    sampled = {} if args.sample_rate is None else {"sample_rate": args.sample_rate, "sparse_grad": True}
-    parallel = {"group": dist.group.WORLD, "batch": "gathered"} if args.class_parallel else {}
-    loss = ltk.losses.LinearCrossEntropyLoss(args.features, args.classes, **sampled, **parallel)
+    loss = ltk.losses.LinearCrossEntropyLoss(
+        args.features,
+        args.classes,
+        sample_rate=args.sample_rate,
+        sparse_grad=args.sample_rate is not None,
+        group=dist.group.WORLD if args.class_parallel else None,
+        batch="gathered" if args.class_parallel else "replicated",
+    )
     return loss, loss
 
 
@@ -167,7 +172,8 @@ def train(args: argparse.Namespace, form: str, say: Callable[[str], None]) -> di
         for name, calls in sorted(traffic.calls.items())
     }
     say(
-        f"{form}: {args.batch / middle:,.0f} rows a second, {found['peak_bytes'] / GIB:.2f} GiB at most in this process,"
+        f"{form}: {args.batch / middle:,.0f} rows a second,"
+        f" {found['peak_bytes'] / GIB:.2f} GiB at most in this process,"
         f" where the logits are {args.batch * args.classes * 4 / GIB:.2f}"
     )
     for name, of in found["traffic"].items():
