@@ -47,7 +47,7 @@ def rates(shape: Scenario) -> dict[str, float]:
     add("all X W^T", n, lambda: torch.mm(x, w.t(), out=g))
     add("all G W", n, lambda: torch.mm(g, w, out=d_x))
     add("all G^T X", n, lambda: torch.mm(g.t(), x, out=d_w))
-    rows = min(n, chunk_rows(n, c, d, 4, True))
+    rows = min(n, chunk_rows(n, c, 4, True))
     x, g, d_x = x[:rows], g[:rows], d_x[:rows]
     add("X W^T", rows, lambda: torch.mm(x, w.t(), out=g))
     for size in PARTS:

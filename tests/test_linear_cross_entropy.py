@@ -300,9 +300,7 @@ def test_more_logits_than_32_bits_count() -> None:
 
 
 def test_the_rule_of_chunks() -> None:
-    def rule(rows: int, classes: int, element_bytes: int, on_cpu: bool, features: int = 4) -> int:
-        return chunked_linear.chunk_rows(rows, classes, features, element_bytes, on_cpu)
-
+    rule = chunked_linear.chunk_rows
     assert rule(64, 1000, 4, True) == 64
     assert rule(100_000, 1000, 4, True) == chunked_linear.CPU_CACHE_BYTES // 4000
     assert rule(100_000, 50_000, 4, True) == chunked_linear.LEAST_ROWS
@@ -312,9 +310,16 @@ def test_the_rule_of_chunks() -> None:
     assert rule(10, 10**9, 4, True) == 1
     assert rule(100_000, 1000, 2, False) == chunked_linear.LOGITS_BYTES // 2000
     assert rule(100_000, 100_000, 2, False) == chunked_linear.GPU_LEAST_ROWS
-    assert rule(100, 1_000_000, 4, True, 64) == 16, "a quarter of the classifier"
-    assert rule(100, 1_000_000, 4, True, 512) == rule(100, 10**7, 2, False, 512) == chunked_linear.FEW_ROWS
-    assert rule(2000, 1_000_000, 4, True, 512) == 100, "a twentieth of the logits is more"
+
+
+def test_the_rule_of_blocks() -> None:
+    rule = chunked_linear.class_block
+    assert rule(16, 1_000_000, 128, 4, True) == 29_127 // 256 * 256
+    assert rule(16, 1_000_000, 128, 2, False) > rule(16, 1_000_000, 128, 4, True)
+    assert rule(7, 1_000_000, 128, 4, True) == 0, "30 MiB hold the rows"
+    assert rule(640, 1_000_000, 128, 4, True) == 0, "a twentieth of the logits is 32 rows"
+    assert rule(4096, 50_000, 512, 4, True) == 0
+    assert rule(600, 10**8, 1 << 16, 4, True) == chunked_linear.LEAST_CLASSES
 
 
 # --- Backends, threads ---

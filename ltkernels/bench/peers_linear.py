@@ -92,7 +92,7 @@ class Variant:
         found = {peers.OURS: ours, peers.EAGER: eager}
         if not self.cosine:
             x, w = head.features, head.classifier
-            found[CHUNKED] = chunked(chunk_rows(len(x), len(w), w.shape[1], x.element_size(), x.is_cpu))
+            found[CHUNKED] = chunked(chunk_rows(len(x), len(w), x.element_size(), x.is_cpu))
             found[AUTO] = chunked(None)
         return found
 

@@ -21,7 +21,7 @@ from ltkernels.functional.ranks import Gathered, Header, OwnClasses, OwnRows, Ra
 from ltkernels.functional.row_cross_entropy import Target
 from ltkernels.ops import class_parallel as _op
 from ltkernels.ops import row_cross_entropy as _row_op
-from ltkernels.ops.chunked_linear import chunk_rows
+from ltkernels.ops.chunked_linear import FEW_ROWS, LOGITS_BYTES, chunk_rows, class_block
 from ltkernels.ops.class_shards import COEFFICIENT, HARD, MARGIN, PER_LABEL, SOFT, WEIGHT, local_places
 from ltkernels.ops.denominators import inverse_denominator
 from ltkernels.ops.linear_cross_entropy import MEANS, PRODUCTS
@@ -29,6 +29,10 @@ from ltkernels.ops.options import ClassParallelOptions, LinearOptions, ProductTy
 
 BATCHES = ("replicated", "gathered")
 _FIXED = ("weight", "class_margin", "label_smoothing", "sample_weight", "feature_norm")
+
+
+def _followed(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -143,7 +147,7 @@ class _Call:
         some = self.weight if len(self.weight) else self.weight.new_empty(1, self.weight.shape[1])
         self.head = checked(input, some, None if self.bias is None else self.bias.new_empty(len(some)))
         for name in _FIXED:
-            if isinstance(value := self.rows.get(name), Tensor) and value.requires_grad and torch.is_grad_enabled():
+            if _followed(self.rows.get(name)):
                 raise ValueError(f"{name}: expected a tensor without gradient with a group, found one that requires it")
         if self.rows.get("row_gate") is not None:
             raise ValueError("row_gate: expected None with a group, found a tensor")
@@ -208,9 +212,8 @@ class _Call:
             )
         elif input.requires_grad and torch.is_grad_enabled():
             input = Replicated.apply(input, ranks)
-        most = chunk_rows(
-            len(input), max(1, *classes), input.shape[1], _element_size(self.products, input), input.is_cpu
-        )
+        self.most = max(1, *classes)
+        most = chunk_rows(len(input), self.most, _element_size(self.products, input), input.is_cpu)
         products = self.products._replace(chunk_rows=min(self.products.chunk_rows or most, max(1, len(input))))
 
         def op(tensors: tuple[Tensor | None, ...], options: RowCrossEntropyOptions, _: bool) -> Tensor:
@@ -233,37 +236,89 @@ class _Call:
         correction: bool,
         sparse_grad: bool,
     ) -> Tensor:
-        logits, target, second, lam, weight, scale, bias, margin, eps, row_weight, _, norm, *_ = tensors
-        assert logits is not None and target is not None
-        if input.is_cpu and arg.may_look(input):
-            _row_op.OP.check_values(tensors, options)
-        labels = _Labels(tensors, options, part)
-        smooth, total = labels.smoothing(part.own)
-
         def own(table: Tensor | None) -> Tensor | None:
             if table is None or not (table.requires_grad and torch.is_grad_enabled()):
                 return None if table is None else table[part.own].contiguous()
             return OwnClasses.apply(table, ranks, part.own)  # type: ignore[no-any-return]
 
-        vectors, biases, class_bias = self.weight, self.bias, own(bias)
+        vectors, biases, offset = self.weight, self.bias, None
         if self.sample is not None:
             index = self.sample.classes
             vectors = F.embedding(index, vectors, sparse=sparse_grad)
             if biases is not None:
                 biases = torch.gather(biases, 0, index, sparse_grad=sparse_grad)
             if correction:
-                offset = (self.sample.log_expected / -options.scale).to(logits.dtype)
-                class_bias = offset if class_bias is None else class_bias + offset
-        reduction = options.reduction if options.reduction in (*MEANS, Reduction.NONE) else Reduction.SUM
-        loss = _op.class_parallel_cross_entropy(
-            (input, vectors, biases, own(scale), class_bias, smooth, labels.places, labels.of, total, norm),
-            ClassParallelOptions(
-                reduction, options.scale, options.margin_type, options.focal_gamma, options.focal_weighted,
-                options.focal_detached, options.influence_alpha, options.influence_eps, options.z_loss,
-                smooth is not None, *products, ranks.name,
-            ),
-        )  # fmt: skip
-        return loss if labels.nothing is None else torch.where(labels.nothing, torch.nan, loss)
+                offset = (self.sample.log_expected / -options.scale).to(arg.compute_type(input))
+        block = class_block(len(input), self.most, input.shape[1], _element_size(products, input), input.is_cpu)
+        return _by_op((input, vectors, biases), tensors, options, products, part, own, offset, ranks.name, block)
+
+
+FEW_CLASSES = LOGITS_BYTES // (8 * FEW_ROWS)
+"""Up to so many there are no blocks."""
+
+
+def block_size(head: Any, products: LinearOptions, rows: dict[str, Any]) -> int:
+    """How many classes :func:`by_blocks` should take at a time; 0 where there are none to take, or it cannot serve."""
+    if head.weight.dim() != 2 or products.chunk_rows or torch.compiler.is_compiling():
+        return 0
+    if torch._C._are_functorch_transforms_active() or any(_followed(rows[name]) for name in _FIXED):
+        return 0
+    element_bytes = _element_size(products, head.input)
+    return class_block(*head.logits.shape, head.input.shape[1], element_bytes, head.input.is_cpu)
+
+
+def by_blocks(head: Any, target: Target, products: LinearOptions, rows: dict[str, Any], size: int) -> Tensor:
+    """The loss of all classes in this process, ``size`` of them at a time: for few rows of very many."""
+    part = Part(0, len(head.weight), len(head.weight), None)
+
+    def op(tensors: tuple[Tensor | None, ...], options: RowCrossEntropyOptions, _: bool) -> Tensor:
+        linear = (head.input, head.weight, head.bias)
+        return _by_op(linear, tensors, options, products, part, lambda table: table, None, "", size)
+
+    return head.shaped(_of_rows(head.logits, target, **rows, inplace=False, op=op))  # type: ignore[no-any-return]
+
+
+def _by_op(
+    linear: tuple[Tensor, Tensor, Tensor | None],
+    tensors: tuple[Tensor | None, ...],
+    options: RowCrossEntropyOptions,
+    products: LinearOptions,
+    part: Part,
+    own: Callable[[Tensor | None], Tensor | None],
+    offset: Tensor | None,
+    group: str,
+    block: int,
+) -> Tensor:
+    """The op's loss, from what the op of logits would be given: ``tensors`` and ``options``.
+
+    Args:
+        linear: features, class vectors and biases.
+        products: their options.
+        part: the classes that they are of.
+        own: that part of a class table.
+        offset: of the classes' biases.
+        group: the name of the group, empty for this process alone.
+        block: the size of a block of classes, 0 for none.
+    """
+    _, _, _, _, _, scale, bias, _, _, _, _, norm, *_ = tensors
+    input = linear[0]
+    if input.is_cpu and arg.may_look(input):
+        _row_op.OP.check_values(tensors, options)
+    labels = _Labels(tensors, options, part)
+    smooth, total = labels.smoothing(part.own)
+    class_bias = own(bias)
+    if offset is not None:
+        class_bias = offset if class_bias is None else class_bias + offset
+    reduction = options.reduction if options.reduction in (*MEANS, Reduction.NONE) else Reduction.SUM
+    loss = _op.class_parallel_cross_entropy(
+        (*linear, own(scale), class_bias, smooth, labels.places, labels.of, total, norm),
+        ClassParallelOptions(
+            reduction, options.scale, options.margin_type, options.focal_gamma, options.focal_weighted,
+            options.focal_detached, options.influence_alpha, options.influence_eps, options.z_loss,
+            smooth is not None, *products, block, group,
+        ),
+    )  # fmt: skip
+    return loss if labels.nothing is None else torch.where(labels.nothing, torch.nan, loss)
 
 
 class _Labels:

@@ -151,20 +151,23 @@ def linear_cross_entropy(
         Chunks with the gradient over the logits: Hsu et al., "Liger Kernel", 2024, section 3.2. The losses:
         :func:`cross_entropy`.
     """
+
+    def others() -> dict[str, Any]:
+        return {
+            "weight": weight, "ignore_index": -100 if ignore_index is None else ignore_index,
+            "reduction": reduction, "label_smoothing": label_smoothing, "scale": scale,
+            "class_scale": class_scale, "class_bias": class_bias, "class_margin": class_margin,
+            "margin_type": margin_type, "focal_gamma": focal_gamma, "focal_pt": focal_pt,
+            "focal_grad": focal_grad, "sample_weight": sample_weight, "smoothing_mode": smoothing_mode,
+            "z_loss": z_loss, "row_gate": row_gate, "feature_norm": feature_norm,
+            "influence_alpha": influence_alpha, "influence_eps": influence_eps, "denominator": denominator,
+            "empty": empty,
+        }  # fmt: skip
+
     if group is not None or class_parallel.is_sharded(linear_weight):
         return class_parallel.linear_cross_entropy(
             _Head.checked, lambda head: head.products(normalize, options), input, linear_weight, linear_bias, target,
-            group, batch, sample, correction, sparse_grad,
-            {
-                "weight": weight, "ignore_index": -100 if ignore_index is None else ignore_index,
-                "reduction": reduction, "label_smoothing": label_smoothing, "scale": scale,
-                "class_scale": class_scale, "class_bias": class_bias, "class_margin": class_margin,
-                "margin_type": margin_type, "focal_gamma": focal_gamma, "focal_pt": focal_pt,
-                "focal_grad": focal_grad, "sample_weight": sample_weight, "smoothing_mode": smoothing_mode,
-                "z_loss": z_loss, "row_gate": row_gate, "feature_norm": feature_norm,
-                "influence_alpha": influence_alpha, "influence_eps": influence_eps, "denominator": denominator,
-                "empty": empty,
-            },
+            group, batch, sample, correction, sparse_grad, others(),
         )  # fmt: skip
     if batch != "replicated":
         raise ValueError(f'batch: expected "replicated" without a group, found {batch!r}')
@@ -188,6 +191,11 @@ def linear_cross_entropy(
         raise ValueError(f"ignore_index: expected None with probability targets, found {ignore_index!r}")
     products = head.products(normalize, options)
     sample_weight = head.of_rows("sample_weight", sample_weight)
+    if labels and linear_weight.shape[0] > class_parallel.FEW_CLASSES and row_gate is None:
+        feature_norm = head.of_rows("feature_norm", feature_norm)
+        rows = others()
+        if size := class_parallel.block_size(head, products, rows):
+            return class_parallel.by_blocks(head, target, products, rows, size)
     if (
         isinstance(target, tuple)
         or margin_type != "additive"

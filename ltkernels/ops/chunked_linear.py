@@ -8,10 +8,11 @@ of a chunk, ``W`` the classifier and ``G`` the gradient of the logits: ``dX = G 
 logits should stay in the last cache, so it should not have many. :func:`chunk_rows` is the rule: as many as fill
 ``CPU_CACHE_BYTES`` (on a GPU ``LOGITS_BYTES``) with logits and at least ``LEAST_ROWS`` (``GPU_LEAST_ROWS``), but never
 more than ``SHARE_OF_LOGITS`` of all the logits or, if that is more, ``LOGITS_BYTES``, which is a promise about memory.
-It has one exception, for rows that are longer than the classifier is deep: a million classes of 128 features are 512
-MB, of which a chunk of the seven rows that fit into 30 MB moves four times as much, in ten times as long as its
-products take. There ``FEW_ROWS`` rows are a chunk if they take at most ``SHARE_OF_CLASSIFIER`` of the classifier's
-memory, else as many as do, and always one.
+
+**Few rows of very many classes** fit into that by small numbers of rows: with a million classes of 128 features 30 MB
+are seven rows, and every chunk moves 2 GB, the classifier and its gradient. There the logits are made for all rows and a
+block of classes at a time, twice: :func:`class_block` says where, ops/class_parallel.py how. The classifier is read
+three times in all, whatever the number of rows, for four products instead of three.
 
 **A product of few classes at a time.** On a CPU ``X W^T`` of 150 rows and 50,000 classes in float32 takes PyTorch 1.6
 times as long as the same in parts of a thousand classes, which stay in the second cache: benchmarks/NOTES.md. The other
@@ -53,9 +54,7 @@ LOGITS_BYTES = 30 << 20
 SHARE_OF_LOGITS = 1 / 20
 """And if that is more, this share of all the logits."""
 FEW_ROWS = 32
-"""Of a chunk, as long as they take no more than a share of the classifier's memory."""
-SHARE_OF_CLASSIFIER = 1 / 4
-"""That share."""
+"""A chunk of fewer moves more memory than it computes."""
 LEAST_CLASSES = 256
 """Whose logits are made at a time; fewer keep the processor waiting for calls."""
 THIN = 6 << 10
@@ -74,13 +73,25 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return ask is not None and bool(ask())
 
 
-def chunk_rows(rows: int, columns: int, features: int, element_bytes: int, on_cpu: bool) -> int:
+def _allowed_rows(rows: int, columns: int, element_bytes: int) -> int:
+    """How many rows of logits the promise about memory allows."""
+    return max(LOGITS_BYTES // (columns * element_bytes), int(rows * SHARE_OF_LOGITS))
+
+
+def chunk_rows(rows: int, columns: int, element_bytes: int, on_cpu: bool) -> int:
     """How many of the rows a chunk has at most; see the module."""
     row = columns * element_bytes
     wanted = max(CPU_CACHE_BYTES // row, LEAST_ROWS) if on_cpu else max(LOGITS_BYTES // row, GPU_LEAST_ROWS)
-    few = min(FEW_ROWS, int(features * SHARE_OF_CLASSIFIER))
-    allowed = max(LOGITS_BYTES // row, int(rows * SHARE_OF_LOGITS), few)
-    return max(1, min(rows, wanted, allowed))
+    return max(1, min(rows, wanted, _allowed_rows(rows, columns, element_bytes)))
+
+
+def class_block(rows: int, columns: int, features: int, element_bytes: int, on_cpu: bool) -> int:
+    """How many classes a block has where few rows have very many; 0 where chunks of rows do. See the module."""
+    if rows <= (allowed := _allowed_rows(rows, columns, element_bytes)) or allowed >= FEW_ROWS:
+        return 0
+    # Of the logits and of the gradient of the block's class vectors.
+    size = (2 * CPU_CACHE_BYTES if on_cpu else LOGITS_BYTES) // (rows * element_bytes + 4 * max(1, features))
+    return max(LEAST_CLASSES, size // LEAST_CLASSES * LEAST_CLASSES)
 
 
 class Needed(NamedTuple):
@@ -151,15 +162,17 @@ class Classifier:
         self.d_bias = input.new_zeros(columns, dtype=self.sums) if need.bias and bias is not None else None
         self._started = False
 
-    def chunks(self, most: int = 0) -> Iterator[Chunk]:
-        """All rows, in chunks of about one size, at most ``most``; each is computed into the memory of the last."""
+    def chunks(self, most: int = 0, scratch: Tensor | None = None) -> Iterator[Chunk]:
+        """All rows, in chunks of about one size, at most ``most``; each is computed into the memory of the last.
+
+        That is ``scratch``, if given.
+        """
         rows, columns = len(self.input), len(self.weight)
         if rows == 0:
             return
-        features_size, element_bytes = self.products.shape[1], self.products.element_size()
-        most = most or chunk_rows(rows, columns, features_size, element_bytes, self.input.is_cpu)
+        most = most or chunk_rows(rows, columns, self.products.element_size(), self.input.is_cpu)
         size = -(-rows // -(-rows // most))
-        scratch = self.products.new_empty(size * columns)
+        scratch = self.products.new_empty(size * columns) if scratch is None else scratch
         for start in range(0, rows, size):
             part = slice(start, min(start + size, rows))
             count = part.stop - part.start

@@ -16,7 +16,7 @@ numbers, so that a backward which makes the logits again has no message to excha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from ltkernels import backends
 from ltkernels.ops import cross_entropy as _cross_entropy
 from ltkernels.ops import entries
-from ltkernels.ops.chunked_linear import Classifier, Needed
+from ltkernels.ops.chunked_linear import Chunk, Classifier, Needed
 from ltkernels.ops.class_shards import (
     LABELS,
     MARGIN,
@@ -109,12 +109,18 @@ class _Call:
         half = min(dtype.itemsize, input.element_size()) < 4 and options.reduction in MEANS
         self.factor = 1.0 / max(1, len(input)) if half else 1.0
         self.need, self.need_tables = Needed(*need[:3]), (need[3], need[4])
-        self.classifier = Classifier(input, weight, bias, dtype, self.need, options.normalize)
+        self.head = input, weight, bias, dtype
         self.loss = input.new_empty(len(input), dtype=torch.float64)
 
     def losses(self, state: Tensor) -> None:
         """Computes the row losses, and the merged numbers into ``state``."""
-        for chunk in self.classifier.chunks(self.options.chunk_rows):
+        if self.options.class_block:
+            norm = None if self.norm is None else self.norm.double()
+            self._find_by_blocks(state)
+            self.loss = finish(state, self.of_labels, self.smooth_total, norm, self.options)
+            return
+        classifier = self._classifier(slice(None), Needed())
+        for chunk in classifier.chunks(self.options.chunk_rows):
             margins = self.of_labels[:, MARGIN, chunk.rows]
             found = numbers(self.row, chunk.logits, self.shard.of_rows(chunk.rows), margins, self.options)
             state[:, chunk.rows] = all_numbers = merged(exchanged(found, self.options.group))
@@ -127,10 +133,11 @@ class _Call:
 
         The merged numbers are in ``state`` if they are ``known``, else afterwards.
         """
-        like = self.loss.new_empty(0, dtype=self.classifier.sums)
-        c = len(self.classifier.weight)
-        tables = [like.new_zeros(c) if wanted else None for wanted in self.need_tables]
-        for chunk in self.classifier.chunks(self.options.chunk_rows):
+        if self.options.class_block:
+            return self._gradients_by_blocks(state, upstream, known)
+        classifier = self._classifier(slice(None), self.need)
+        tables = self._new_tables(classifier.sums)
+        for chunk in classifier.chunks(self.options.chunk_rows):
             of, shard = self.of_labels[..., chunk.rows], self.shard.of_rows(chunk.rows)
             norm = None if self.norm is None else self.norm[chunk.rows].double()
             if not known:
@@ -146,13 +153,84 @@ class _Call:
                 self.need_tables,
             )  # fmt: skip
             if any(self.need):
-                self.classifier.add(chunk, chunk.logits)
+                classifier.add(chunk, chunk.logits)
             for total, part in zip(tables, parts, strict=True):
                 if total is not None:
                     total += part
-        self.classifier.finish()
-        head = self.classifier
-        return _Gradients([head.d_input, head.d_weight, head.d_bias, *tables], self.variables, self.factor)
+        classifier.finish()
+        found = [classifier.d_input, classifier.d_weight, classifier.d_bias, *tables]
+        return _Gradients(found, self.variables, self.factor)
+
+    def _classifier(self, classes: slice, need: Needed) -> Classifier:
+        """Some of this process's classes."""
+        input, weight, bias, dtype = self.head
+        bias = None if bias is None else bias[classes]
+        return Classifier(input, weight[classes], bias, dtype, need, self.options.normalize)
+
+    def _new_tables(self, dtype: torch.dtype) -> list[Tensor | None]:
+        _, weight, *_ = self.head
+        return [
+            torch.zeros(len(weight), dtype=dtype, device=weight.device) if wanted else None
+            for wanted in self.need_tables
+        ]
+
+    # --- Few rows of very many classes: all rows, a block of classes at a time, twice ---
+
+    def _blocks(self, need: Needed) -> Iterator[tuple[slice, Classifier, Shard, Chunk]]:
+        """This process's classes in blocks, with the logits of all rows."""
+        input, weight, *_ = self.head
+        shard, count = self.shard, len(weight)
+        scratch: Tensor | None = None
+        for start in range(0, count, self.options.class_block):
+            end = min(start + self.options.class_block, count)
+            block = slice(start, end)
+            # What is no class is said to be behind the last one.
+            inside = (shard.places >= start) & ((shard.places < end) | (shard.places == count) & (end == count))
+            tables = (None if table is None else table[block] for table in shard[1:])
+            classifier = self._classifier(block, need)
+            if scratch is None:  # the first block is the largest
+                scratch = classifier.products.new_empty(len(input) * len(classifier.products))
+            (chunk,) = classifier.chunks(len(input), scratch)
+            yield block, classifier, Shard(torch.where(inside, shard.places - start, -1), *tables), chunk
+
+    def _find_by_blocks(self, state: Tensor) -> None:
+        margins = self.of_labels[:, MARGIN]
+        found = [
+            numbers(self.row, chunk.logits, shard, margins, self.options)
+            for _, _, shard, chunk in self._blocks(Needed())
+        ]
+        if not found:  # a process without classes
+            nothing = self.loss.new_empty(len(self.loss), 0, dtype=torch.float32)
+            found = [numbers(self.row, nothing, self.shard, margins, self.options)]
+        state.copy_(merged(exchanged(merged(torch.stack(found)), self.options.group)))
+
+    def _gradients_by_blocks(self, state: Tensor, upstream: Tensor, known: bool) -> _Gradients:
+        if not known:
+            self._find_by_blocks(state)
+        norm = None if self.norm is None else self.norm.double()
+        self.loss, derivative = differentiated(state, upstream, self.of_labels, self.smooth_total, norm, self.options)
+        input, weight, bias, dtype = self.head
+        sums = torch.promote_types(torch.promote_types(dtype, input.dtype), torch.float32)
+        d_input = torch.zeros_like(input, dtype=sums) if self.need.input else None
+        d_weight = torch.empty_like(weight, dtype=sums) if self.need.weight else None
+        d_bias = torch.empty(len(weight), dtype=sums, device=input.device) if self.need.bias else None
+        tables = self._new_tables(sums)
+        for block, classifier, shard, chunk in self._blocks(self.need._replace(weight=False)):
+            classifier.d_weight = None if d_weight is None else d_weight[block]
+            parts = gradient_(
+                self.row, derivative, state[MAX], chunk.logits, shard, self.of_labels[:, MARGIN], self.options,
+                self.need_tables,
+            )  # fmt: skip
+            if any(self.need):
+                classifier.add(chunk, chunk.logits)
+            classifier.finish()
+            if d_input is not None:
+                assert classifier.d_input is not None
+                d_input += classifier.d_input
+            for total, part in zip((d_bias, *tables), (classifier.d_bias, *parts), strict=True):
+                if total is not None and part is not None:
+                    total[block] = part
+        return _Gradients([d_input, d_weight, d_bias, *tables], self.variables, self.factor)
 
 
 def _merged_state(state: Tensor, tensors: Tensors) -> Tensor:
@@ -251,14 +329,15 @@ class _Once(torch.autograd.Function):
 
 
 def _reference(*arguments: Any) -> Tensor:
-    if torch._C._are_functorch_transforms_active():  # so differentiates entries.py what the kernels computed
-        raise RuntimeError(_TWICE)
     *tensors, options = arguments
+    if options.group and torch._C._are_functorch_transforms_active():  # so entries.py differentiates kernels' results
+        raise RuntimeError(_TWICE)
     input, weight, bias, scale, class_bias, smooth, places, of_labels, smooth_total, norm = tensors
     logits = reference.linear(input, weight, bias, options.normalize)
-    own = _Once.apply(_plain_numbers(logits, Shard(places, scale, class_bias, smooth), of_labels[:, MARGIN], options))
-    together = exchanged(own.detach(), options.group)
+    own = _plain_numbers(logits, Shard(places, scale, class_bias, smooth), of_labels[:, MARGIN], options)
     if options.group:
+        own = _Once.apply(own)
+        together = exchanged(own.detach(), options.group)
         mine = torch._C._distributed_c10d._resolve_process_group(options.group).rank()
         together = torch.stack([own if rank == mine else part for rank, part in enumerate(together)])
     else:

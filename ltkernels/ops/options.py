@@ -225,5 +225,7 @@ class ClassParallelOptions(NamedTuple):
     products: int = ProductType.INPUT
     chunk_rows: int = 1
     """The same for all processes, whose chunks meet."""
+    class_block: int = 0
+    """Classes of a block, where all rows are a chunk and classes are divided again; 0 where they are not."""
     group: str = ""
     """Its name, as torch.distributed knows it; empty for this process alone."""
