@@ -202,16 +202,16 @@ class _Call:
         part = Part(sum(classes[: ranks.rank]), classes[ranks.rank], sum(classes), self.sample)
         input, target, rows = self.head.input, self.target, dict(self.rows)
         if self.batch == "gathered":
-            input = Gathered.apply(input, ranks, counts)
+            input = Gathered.apply(input, ranks, counts)  # type: ignore[no-untyped-call]
             for name in ("sample_weight", "feature_norm"):
                 rows[name] = None if rows[name] is None else ranks.gathered(rows[name], counts)
             target = (
-                tuple(ranks.gathered(value, counts) for value in target)  # type: ignore[assignment]
+                tuple(ranks.gathered(value, counts) for value in target)
                 if isinstance(target, tuple)
                 else ranks.gathered(target, counts)
             )
         elif input.requires_grad and torch.is_grad_enabled():
-            input = Replicated.apply(input, ranks)
+            input = Replicated.apply(input, ranks)  # type: ignore[no-untyped-call]
         self.most = max(1, *classes)
         most = chunk_rows(len(input), self.most, _element_size(self.products, input), input.is_cpu)
         products = self.products._replace(chunk_rows=min(self.products.chunk_rows or most, max(1, len(input))))
@@ -222,7 +222,7 @@ class _Call:
         logits = input.detach().new_empty(()).expand(len(input), part.classes)
         loss = _of_rows(logits, target, **rows, inplace=False, op=op)
         if loss.dim() and self.batch == "gathered":
-            loss = OwnRows.apply(loss, ranks, counts)
+            loss = OwnRows.apply(loss, ranks, counts)  # type: ignore[no-untyped-call]
         return self.head.shaped(loss)  # type: ignore[no-any-return]
 
     def _by_op(
@@ -239,7 +239,7 @@ class _Call:
         def own(table: Tensor | None) -> Tensor | None:
             if table is None or not (table.requires_grad and torch.is_grad_enabled()):
                 return None if table is None else table[part.own].contiguous()
-            return OwnClasses.apply(table, ranks, part.own)  # type: ignore[no-any-return]
+            return OwnClasses.apply(table, ranks, part.own)  # type: ignore[no-untyped-call, no-any-return]
 
         vectors, biases, offset = self.weight, self.bias, None
         if self.sample is not None:
@@ -249,7 +249,9 @@ class _Call:
                 biases = torch.gather(biases, 0, index, sparse_grad=sparse_grad)
             if correction:
                 offset = (self.sample.log_expected / -options.scale).to(arg.compute_type(input))
-        block = class_block(len(input), self.most, input.shape[1], _element_size(products, input), input.is_cpu)
+        block = 0
+        if not (self.products.chunk_rows or torch.compiler.is_compiling()):
+            block = class_block(len(input), self.most, input.shape[1], _element_size(products, input), input.is_cpu)
         return _by_op((input, vectors, biases), tensors, options, products, part, own, offset, ranks.name, block)
 
 
@@ -264,7 +266,8 @@ def block_size(head: Any, products: LinearOptions, rows: dict[str, Any]) -> int:
     if torch._C._are_functorch_transforms_active() or any(_followed(rows[name]) for name in _FIXED):
         return 0
     element_bytes = _element_size(products, head.input)
-    return class_block(*head.logits.shape, head.input.shape[1], element_bytes, head.input.is_cpu)
+    count, classes = head.logits.shape
+    return class_block(count, classes, head.input.shape[1], element_bytes, head.input.is_cpu)
 
 
 def by_blocks(head: Any, target: Target, products: LinearOptions, rows: dict[str, Any], size: int) -> Tensor:

@@ -95,7 +95,7 @@ class Ranks:
             if group.get_coordinate() is None:
                 raise ValueError(f"group: expected a mesh with this process, rank {dist.get_rank()}, found {group}")
             group = group.get_group()
-        if group is dist.GroupMember.NON_GROUP_MEMBER:
+        if group is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
             raise ValueError(f"group: expected a group with this process, rank {dist.get_rank()}, found one without it")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group: expected a ProcessGroup or a DeviceMesh, found {type(group).__name__}")
@@ -175,7 +175,7 @@ def _odd(values: list[int]) -> int:
 def _agreed(name: str, *header_and_device: Any) -> list[Header]:
     """While a graph is made, of which this becomes a constant: all processes make it at the same time."""
     *header, device = header_and_device
-    ranks = Ranks(torch._C._distributed_c10d._resolve_process_group(name))
+    ranks = Ranks(torch._C._distributed_c10d._resolve_process_group(name))  # type: ignore[arg-type]
     return _checked(ranks._all(Header(*header), torch.device(device)))
 
 
@@ -213,7 +213,8 @@ class Gathered(torch.autograd.Function):
         ranks, counts = ctx.ranks, ctx.counts
 
         def own(whole: Tensor) -> Tensor:
-            return own_rows(ranks.summed(whole), ranks, counts) * ranks.size
+            mine: Tensor = own_rows(ranks.summed(whole), ranks, counts) * ranks.size
+            return mine
 
         return last_gradient(own, grad), None, None
 
@@ -253,6 +254,7 @@ class OwnClasses(torch.autograd.Function):
         def summed(own: Tensor) -> Tensor:
             whole = own.new_zeros(shape)
             whole[classes] = own
-            return ranks.summed(whole)
+            total: Tensor = ranks.summed(whole)
+            return total
 
         return last_gradient(summed, grad), None, None

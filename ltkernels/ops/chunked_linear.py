@@ -9,10 +9,10 @@ logits should stay in the last cache, so it should not have many. :func:`chunk_r
 ``CPU_CACHE_BYTES`` (on a GPU ``LOGITS_BYTES``) with logits and at least ``LEAST_ROWS`` (``GPU_LEAST_ROWS``), but never
 more than ``SHARE_OF_LOGITS`` of all the logits or, if that is more, ``LOGITS_BYTES``, which is a promise about memory.
 
-**Few rows of very many classes** fit into that by small numbers of rows: with a million classes of 128 features 30 MB
-are seven rows, and every chunk moves 2 GB, the classifier and its gradient. There the logits are made for all rows and a
-block of classes at a time, twice: :func:`class_block` says where, ops/class_parallel.py how. The classifier is read
-three times in all, whatever the number of rows, for four products instead of three.
+**Few rows of very many classes** fit into that a few at a time: with a million classes of 128 features 30 MB are seven
+rows, and every chunk moves 2 GB, the classifier and its gradient. There the logits are made for all rows and a block of
+classes at a time, twice: :func:`class_block` says where, ops/class_parallel.py how. The classifier is read three times
+in all, whatever the number of rows, for four products instead of three.
 
 **A product of few classes at a time.** On a CPU ``X W^T`` of 150 rows and 50,000 classes in float32 takes PyTorch 1.6
 times as long as the same in parts of a thousand classes, which stay in the second cache: benchmarks/NOTES.md. The other

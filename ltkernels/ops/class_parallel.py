@@ -76,7 +76,7 @@ def gathered(found: Tensor, group: ProcessGroup) -> Tensor:
 
 def exchanged(found: Tensor, group: str) -> Tensor:
     """The same for a group's name; without one, of this process alone."""
-    return gathered(found, torch._C._distributed_c10d._resolve_process_group(group)) if group else found[None]
+    return gathered(found, torch._C._distributed_c10d._resolve_process_group(group)) if group else found[None]  # type: ignore[arg-type]
 
 
 def class_parallel_cross_entropy(tensors: Sequence[Tensor | None], options: ClassParallelOptions) -> Tensor:
@@ -155,11 +155,11 @@ class _Call:
             if any(self.need):
                 classifier.add(chunk, chunk.logits)
             for total, part in zip(tables, parts, strict=True):
-                if total is not None:
+                if total is not None and part is not None:
                     total += part
         classifier.finish()
-        found = [classifier.d_input, classifier.d_weight, classifier.d_bias, *tables]
-        return _Gradients(found, self.variables, self.factor)
+        of_linear = classifier.d_input, classifier.d_weight, classifier.d_bias
+        return _Gradients([*of_linear, *tables], self.variables, self.factor)
 
     def _classifier(self, classes: slice, need: Needed) -> Classifier:
         """Some of this process's classes."""

@@ -111,7 +111,8 @@ def _label_logits(
 
     def adjusted(value: Tensor) -> Tensor:
         value = value if scale is None else scale * value
-        return options.scale * (value if bias is None else value + bias)
+        u: Tensor = options.scale * (value if bias is None else value + bias)
+        return u
 
     plain = adjusted(x)
     if options.margin_type == MarginType.ADDITIVE:
