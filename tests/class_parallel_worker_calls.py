@@ -120,7 +120,7 @@ REFUSED: dict[str, Wrong] = {
     "input": ({"input": torch.zeros(N, D + 1)}, ValueError, r"input: expected shape \(..., 6\)"),
     "dtype": ({"input": torch.zeros(N, D).double()}, TypeError, "linear_weight: expected torch.float64 as input's"),
     "no tensor": ({"input": [1.0]}, TypeError, "input: expected a torch.Tensor, found list"),
-    "weight": ({"linear_weight": torch.zeros(3, 2, D)}, ValueError, r"linear_weight: expected shape \(C, D\) with a group"),
+    "weight": ({"linear_weight": torch.zeros(3, 2, D)}, ValueError, r"linear_weight: expected shape \(C, D\) with a"),
     "bias": ({"linear_bias": torch.zeros(C + 1)}, ValueError, r"linear_bias: expected shape"),
     "labels": ({"target": torch.zeros(N + 1, dtype=torch.int64)}, ValueError, r"target: expected labels of shape"),
     "probabilities": ({"target": torch.full((N, C), 0.1)}, ValueError, "target: expected "),
@@ -229,8 +229,13 @@ def derivatives() -> None:
         again = torch.autograd.grad(3 * loss, (x_, w_))
         for a, b in zip(first, again, strict=True):
             same(3 * a, b)
-        packed = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(1) or t.clone(), lambda t: t):
+        packed: list[Tensor] = []
+
+        def pack(value: Tensor, packed: list[Tensor] = packed) -> Tensor:
+            packed.append(value)
+            return value.clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             hooked = linear_cross_entropy(x_, w_, y, group=dist.group.WORLD, reduction=reduction).sum()
         for a, b in zip(first, torch.autograd.grad(hooked, (x_, w_)), strict=True):
             same(a, b)
@@ -254,7 +259,7 @@ def train(net: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], w: Tensor
 
 
 def ddp() -> None:
-    """DDP averages what the processes find for the backbone: with gathered rows that is the gradient of the one loss."""
+    """DDP averages what the processes find for the backbone: with gathered rows that is the one loss's gradient."""
     x, w, y = problem()
     net = nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, D)).double()
     expected_w = w.clone().requires_grad_()
@@ -274,7 +279,7 @@ def ddp() -> None:
 
 
 def dtensors() -> None:
-    """Sharded as torch.chunk cuts: unevenly, and with no class on some; gradients are DTensors as the parameters are."""
+    """Sharded as torch.chunk cuts: unevenly, with no class on some; gradients are DTensors as the parameters are."""
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_device_mesh("cpu", (world,))
     x, _, _ = problem()

@@ -110,7 +110,8 @@ def linear_cross_entropy(
         if torch.compiler.is_compiling():
             raise
     try:
-        headers = ranks.agree(header, input.device if isinstance(input, Tensor) else torch.device("cpu"))
+        device = input.device if isinstance(input, Tensor) else torch.device("cpu")
+        headers = ranks.agree(header, device, batch == "replicated")
     except RuntimeError:
         if problem is not None:
             raise problem from None
@@ -192,8 +193,10 @@ class _Call:
         )  # fmt: skip
         replicated = self.batch == "replicated"
         found = [digest_of(label) for label in labels] if replicated else 0
-        rows, features = self.head.input.shape
-        return Header(0, rows, len(self.weight), features, digest(same), digest((rows, found)) if replicated else 0)
+        # As a length they are numbers also in a graph of any sizes, of which the header is a constant.
+        rows, features = (len(range(size)) for size in self.head.input.shape)
+        classes = len(range(self.weight.shape[0]))
+        return Header(0, rows, classes, features, digest(same), digest((rows, found)) if replicated else 0)
 
     def loss(self, ranks: Ranks, headers: list[Header], correction: bool, sparse_grad: bool) -> Tensor:
         """The loss, now that all processes agree."""

@@ -122,6 +122,15 @@ def linear_cross_entropy(
         denominator: ``"weight"``, ``"count"``, a float or a 0-d tensor.
         empty: ``"nan"`` or ``"zero"``.
         normalize: whether logits are cosines.
+        group: processes among which the classes are divided, a :class:`torch.distributed.ProcessGroup` or a
+            :class:`~torch.distributed.device_mesh.DeviceMesh` of one dimension. ``linear_weight`` ``(c, D)`` and
+            ``linear_bias`` ``(c,)`` are then this process's rows of the classifier, in the order of ranks; c may differ
+            and be 0. All else is what one process would be given: labels in ``[0, C)``, class tables ``(C,)``. None is
+            this process alone, or the mesh of a ``linear_weight`` that is a DTensor with ``Shard(0)``. Not with
+            ``row_gate``, probabilities, or a ``weight`` or margins that require a gradient.
+        batch: with a group, ``"replicated"``: all processes give the same rows; or ``"gathered"``: each gives its own,
+            of any number, and the loss is the one of all. The gradient of ``input`` is then the loss's times the number
+            of processes, because DDP and FSDP divide by it; the classifier's is whole and not to be averaged.
         sample: the classes that count; labels only, all of them in the sample.
         correction: whether a sample is corrected for what it leaves out; not with ``row_gate``.
         sparse_grad: whether the gradients of ``linear_weight`` and ``linear_bias`` are sparse tensors of the sample's
@@ -135,6 +144,9 @@ def linear_cross_entropy(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device, option or value; a label that is not in the sample (CPU).
         IndexError: a label outside ``[0, C)`` that is not ``ignore_index`` (CPU).
+        RuntimeError: with a group: torch.distributed is not initialised; another process refused its arguments; one
+            died or did not come within the group's ``timeout`` (of ``init_process_group`` or ``new_group``); a second
+            derivative or a transform of :mod:`torch.func`.
 
     Example:
         >>> import torch, ltkernels as ltk

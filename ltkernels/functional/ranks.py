@@ -40,6 +40,9 @@ def digest(value: object) -> int:
     return zlib.crc32(repr(value).encode())
 
 
+digest._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see _agreed
+
+
 def digest_of(tensor: Tensor) -> int:
     """The same for the elements of a tensor on the CPU; 0 for others, which only a device can read."""
     if not tensor.is_cpu or torch.compiler.is_compiling():
@@ -103,10 +106,11 @@ class Ranks:
             raise ValueError("group: expected None or the group that linear_weight is sharded over, found another")
         return cls(group)
 
-    def agree(self, header: Header, device: torch.device) -> list[Header]:
+    def agree(self, header: Header, device: torch.device, fixed: bool) -> list[Header]:
         """The headers of all processes, in order, if they may go on.
 
-        On a GPU the answer costs waiting for the device, so it is asked for once for each header of this process.
+        On a GPU the answer costs waiting for the device. Where the numbers of rows are ``fixed``, the same on all, it is
+        asked for once for each header of this process. A graph keeps the answer that it was made with.
 
         Raises:
             RuntimeError: a process refused its arguments.
@@ -114,7 +118,7 @@ class Ranks:
         """
         if torch.compiler.is_compiling():
             return _agreed(self.name, *header, str(device))
-        if device.type == "cpu":
+        if device.type == "cpu" or not fixed:
             return _checked(self._all(header, device))
         key = (self.name, *header)
         if key not in _KNOWN:

@@ -31,6 +31,8 @@ smoothing takes; its margin; what smoothing gives a class of weight 1; its class
 PER_LABEL = 5
 _ABSENT = -1e20
 """In place of a bias of -inf: e to it is 0, and a part may have no other classes."""
+_TINY = 1e-30
+"""In place of a scale of 0, which times infinity is no number."""
 _PLAIN = CrossEntropyOptions(ignore_index=-1, reduction=Reduction.NONE)
 
 
@@ -62,6 +64,8 @@ class Shard(NamedTuple):
             dtype = torch.promote_types(logits.dtype, torch.float32)
             scale = logits.new_full((logits.shape[1],), s, dtype=dtype) if scale is None else s * scale
             bias = None if bias is None else s * bias
+        if scale is not None:  # by which what stands for a label's logit is multiplied, to have no part in a sum
+            scale = torch.where(scale == 0, _TINY, scale)
         return scale, None if bias is None else bias.clamp_min(_ABSENT)
 
 
@@ -84,8 +88,16 @@ class _Labels:
         self.shard, self.logits = shard, logits
 
     def taken(self) -> Tensor:
-        """The logits at the labels, ``(L, N)``, in whose places there is -inf afterwards."""
-        return torch.stack([self._write(k, -torch.inf) for k in range(len(self.at))])
+        """The logits at the labels, ``(L, N)``, in whose places is afterwards what their scale makes a part of nothing.
+
+        That is -inf, or where the scale is negative a large number: kernels know -inf, whose gradient times it is 0.
+        """
+        nothing: list[Tensor | float] = [-torch.inf] * len(self.at)
+        if (scale := self.of(self.shard.class_scale)) is not None:
+            least = self.logits.new_full((), -torch.inf)
+            most = torch.full_like(least, torch.finfo(least.dtype).max / 4)
+            nothing = [torch.where(of < 0, most, least)[:, None] for of in scale]
+        return torch.stack([self._write(k, value) for k, value in enumerate(nothing)])
 
     def put(self, values: Tensor) -> None:
         """Writes ``(L, N)`` to where the labels are."""
@@ -164,7 +176,8 @@ def merged(parts: Tensor) -> Tensor:
     """The numbers ``(3 + 2 L, N)`` of all classes, float64, from those of disjoint parts of them, ``(parts, ...)``."""
     parts = parts.double()
     labels = parts[:, LABELS:].amax(dim=0)
-    top = torch.maximum(parts[:, MAX].amax(dim=0), labels[::2].amax(dim=0))  # to which e^(u_y - m) is finite too
+    # To which e^(u_y - m) is finite too; a constant, as it is for what is made of the numbers.
+    top = torch.maximum(parts[:, MAX].amax(dim=0), labels[::2].amax(dim=0)).detach()
     others = (parts[:, OTHERS] * (parts[:, MAX] - top).exp()).sum(dim=0)
     return torch.cat((torch.stack((top, others, parts[:, SMOOTH].sum(dim=0))), labels))
 
