@@ -65,10 +65,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     r"""The loss of a linear classifier's logits, which are never in memory as a whole.
 
-    The same as :func:`cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, of which at most the largest
-    of 32 MiB, a twentieth and 32 rows (or as many as take a quarter of the classifier's memory) exists at a time: a
-    chunk of rows is multiplied out, the kernels of :func:`cross_entropy` write its gradient over its logits, and that
-    is multiplied into the gradients of features and classifier. With the arguments of
+    The same as :func:`cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, of which at most the larger of
+    32 MiB and a twentieth exists at a time: a chunk of rows is multiplied out, the kernels of :func:`cross_entropy`
+    write its gradient over its logits, and that is multiplied into the gradients of features and classifier. (Of few
+    rows of very many classes it is a block of classes, twice.) With the arguments of
     :func:`torch.nn.functional.linear_cross_entropy` it takes that function's place, with its values.
 
     * **Gradients** of ``input``, ``linear_weight``, ``linear_bias``, ``class_scale``, ``class_bias`` and ``row_gate``,
@@ -130,7 +130,8 @@ def linear_cross_entropy(
             ``row_gate``, probabilities, or a ``weight`` or margins that require a gradient.
         batch: with a group, ``"replicated"``: all processes give the same rows; or ``"gathered"``: each gives its own,
             of any number, and the loss is the one of all. The gradient of ``input`` is then the loss's times the number
-            of processes, because DDP and FSDP divide by it; the classifier's is whole and not to be averaged.
+            of processes, because DDP and FSDP divide by it; the classifier's is whole and not to be averaged. On a GPU
+            each such call waits for the device, to learn how many rows there are; in a compiled graph they are fixed.
         sample: the classes that count; labels only, all of them in the sample.
         correction: whether a sample is corrected for what it leaves out; not with ``row_gate``.
         sparse_grad: whether the gradients of ``linear_weight`` and ``linear_bias`` are sparse tensors of the sample's
