@@ -380,9 +380,9 @@ def labels_of_all(target: Target, ranks: Ranks) -> Tensor:
         labels = _flat_labels(target)
     except (TypeError, ValueError):
         with suppress(RuntimeError):  # tells the others, who would wait
-            ranks.agree(Header(1, 0, 0, 0, 0, 0), torch.device("cpu"))
+            ranks.agree(Header(1, 0, 0, 0, 0, 0), torch.device("cpu"), False)
         raise
-    headers = ranks.agree(Header(0, len(labels), 0, 0, 0, 0), labels.device)
+    headers = ranks.agree(Header(0, len(labels), 0, 0, 0, 0), labels.device, False)
     return ranks.gathered(labels, [header.rows for header in headers])
 
 

@@ -109,8 +109,8 @@ class Ranks:
     def agree(self, header: Header, device: torch.device, fixed: bool) -> list[Header]:
         """The headers of all processes, in order, if they may go on.
 
-        On a GPU the answer costs waiting for the device. Where the numbers of rows are ``fixed``, the same on all, it is
-        asked for once for each header of this process. A graph keeps the answer that it was made with.
+        On a GPU the answer costs waiting for the device. Where the numbers of rows are ``fixed``, the same on all, it
+        is asked for once for each header of this process. A graph keeps the answer that it was made with.
 
         Raises:
             RuntimeError: a process refused its arguments.
