@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from ltkernels import arguments as arg
+from ltkernels.functional.ranks import Ranks, process_group
 from ltkernels.functional.unit import unit
+from ltkernels.ops.class_parallel import gathered
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -100,7 +102,7 @@ class ClassParallelLinear(nn.Module):
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize: expected a bool, found {type(normalize).__name__}")
         self.normalize = normalize
-        mesh = _mesh("group", group, device)
+        mesh = _mesh(group, device)
         if mesh is not None and device is None and mesh.device_type != torch.get_default_device().type:
             device = mesh.device_type  # the caller's mesh says where
         first, last = _class_range(self.num_classes, mesh)
@@ -214,7 +216,8 @@ class ClassParallelLinear(nn.Module):
                 raise problem
             return rows, slice(None)
         header = (int(problem is not None), len(rows), *((0, 0) if problem else (k, BATCHES.index(batch))))
-        found = torch.stack(_all_of(self.mesh, torch.tensor(header, device=_local(self.weight).device))).tolist()
+        ranks = Ranks(self.mesh.get_group())
+        found = gathered(torch.tensor(header, device=_local(self.weight).device), ranks.group).tolist()
         if problem is not None:
             raise problem
         refused, counts, ks, batches = zip(*found, strict=True)
@@ -227,7 +230,8 @@ class ClassParallelLinear(nn.Module):
             if len(set(values)) > 1:
                 raise ValueError(f"{name}: expected the same on all ranks of the group, found {list(values)}")
         if batch == "gathered":
-            return _gathered_rows(self.mesh, rows, counts)
+            first = sum(counts[: ranks.rank])
+            return ranks.gathered(rows, counts), slice(first, first + len(rows))
         if len(set(counts)) > 1:
             raise ValueError(
                 'input: expected the same rows on all ranks of the group (batch="gathered" is for rows of each), found'
@@ -277,7 +281,7 @@ class ClassParallelLinear(nn.Module):
         mesh = self.mesh
         device = _local(self.weight).device.type
         if mesh is not None and device not in (mesh.device_type, "meta"):
-            self._set_mesh(_mesh("group", mesh.get_group(), device))
+            self._set_mesh(_mesh(mesh.get_group(), device))
         return self
 
     def _set_mesh(self, mesh: DeviceMesh | None) -> None:
@@ -309,31 +313,22 @@ class ClassParallelLinear(nn.Module):
         # nn.Module's reports are appended to lists of the caller; only `taken` was another dict.
 
 
-def _mesh(name: str, group: object, device: torch.device | str | None) -> DeviceMesh | None:
+def _mesh(group: object, device: torch.device | str | None) -> DeviceMesh | None:
     """The group as a mesh of one dimension; None where there is but this process."""
     if not dist.is_available() or not dist.is_initialized():
         if group is None:
             return None
-        raise ValueError(f"{name}: expected None before torch.distributed.init_process_group, found {group!r}")
+        raise ValueError(f"group: expected None before torch.distributed.init_process_group, found {group!r}")
     from torch.distributed.device_mesh import DeviceMesh
 
     kind = torch.get_default_device().type if device is None else torch.device(device).type
+    members = process_group(dist.group.WORLD if group is None else group)
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(f"{name}: expected a mesh of 1 dimension, found {group.ndim}")
-        if group.get_coordinate() is None:
-            raise ValueError(f"{name}: expected a mesh with this process, rank {dist.get_rank()}, found {group}")
         if device is not None and kind not in (group.device_type, "meta"):
             raise ValueError(f"device: expected {group.device_type} as the mesh's, found {device}")
         return group
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"{name}: expected a group with this process, rank {dist.get_rank()}, found one without")
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{name}: expected a ProcessGroup, a DeviceMesh or None, found {type(group).__name__}")
     if kind == "meta":
-        kind = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
-    members = dist.group.WORLD if group is None else group
-    assert members is not None  # initialised above
+        kind = "cuda" if "nccl" in dist.get_backend(members) else "cpu"
     return DeviceMesh.from_group(members, kind)
 
 
@@ -388,16 +383,6 @@ def _gathered_classes(mesh: DeviceMesh, z: Tensor, classes: int) -> Tensor:
     return whole
 
 
-def _gathered_rows(mesh: DeviceMesh, rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, slice]:
-    """The rows of all processes, in the order of ranks, and which are this one's."""
-    padded = rows.new_zeros(max(sizes), rows.shape[1])
-    padded[: len(rows)] = rows
-    parts = _all_of(mesh, padded)
-    first = sum(sizes[: mesh.get_local_rank()])
-    together = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    return together, slice(first, first + len(rows))
-
-
 def _best_of_all(mesh: DeviceMesh, values: Tensor, labels: Tensor, k: int, classes: int) -> tuple[Tensor, Tensor]:
     """The k largest of what the processes have found, each among its own classes."""
     # float64 holds the values of every type and classes up to 2^53: one message for both.
@@ -405,13 +390,6 @@ def _best_of_all(mesh: DeviceMesh, values: Tensor, labels: Tensor, k: int, class
     mine[0, :, : values.shape[1]], mine[1, :, : values.shape[1]] = values, labels
     size = -(-classes // mesh.size())
     counts = [min(k, max(0, min(size, classes - rank * size))) for rank in range(mesh.size())]
-    found = torch.cat([part[..., :n] for part, n in zip(_all_of(mesh, mine), counts, strict=True)], dim=-1)
+    found = torch.cat([part[..., :n] for part, n in zip(gathered(mine, mesh.get_group()), counts, strict=True)], dim=-1)
     top, at = found[0].topk(k)
     return top.to(values.dtype), found[1].gather(1, at).long()
-
-
-def _all_of(mesh: DeviceMesh, mine: Tensor) -> list[Tensor]:
-    """What each process gives, by rank."""
-    parts = [torch.empty_like(mine) for _ in range(mesh.size())]
-    dist.all_gather(parts, mine, group=mesh.get_group())
-    return parts

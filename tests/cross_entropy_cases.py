@@ -82,6 +82,14 @@ FORMS = list(_forms("cpu")) + (list(_forms("cuda")) if torch.cuda.is_available()
 each_form = pytest.mark.parametrize(
     "form", [pytest.param(f, id=str(f), marks=[] if f.device == "cpu" else [pytest.mark.gpu]) for f in FORMS]
 )
+each_kernel_form = pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(f, id=str(f), marks=[] if f.device == "cpu" else [pytest.mark.gpu])
+        for f in FORMS
+        if f.backend != "reference"
+    ],
+)
 # GPU backends do not look at values, which would stop the device; in tests they may be emulated on the CPU.
 GPU_BACKENDS = ("cuda", "triton")
 each_checking_form = pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cross_entropy_cases import FORMS, Form, seed
+from cross_entropy_cases import Form, each_kernel_form, seed
 from torch import Tensor
 
 from ltkernels.ops import cross_entropy as op
@@ -39,15 +39,6 @@ from ltkernels.reference.row_cross_entropy import row_cross_entropy
 ROWS, CLASSES, IGNORED = 29, 17, -100
 CUTS = ((0, 5), (5, 9), (9, 10), (10, 10), (10, 17))
 ABSENT = slice(5, 9)
-
-each_form_with_kernels = pytest.mark.parametrize(
-    "form",
-    [
-        pytest.param(form, id=str(form), marks=[] if form.device == "cpu" else [pytest.mark.gpu])
-        for form in FORMS
-        if form.backend != "reference"
-    ],
-)
 
 
 @dataclass(frozen=True)
@@ -174,7 +165,7 @@ def kernels(form: Form) -> Any:
     return next(row for row in op.TABLE.rows if row.backend == form.backend)
 
 
-@each_form_with_kernels
+@each_kernel_form
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -218,7 +209,7 @@ def test_parts_together_are_the_whole(name: str, labels: int, dtype: torch.dtype
             torch.testing.assert_close(torch.cat(pieces).double(), gradient, **tolerance)  # type: ignore[arg-type]
 
 
-@each_form_with_kernels
+@each_kernel_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_sure_row_keeps_its_digits(dtype: torch.dtype, form: Form) -> None:
     """Losses of e^-4 to e^-40, of which log-sum-exp minus the label's logit would have no digit left in float32."""
@@ -245,7 +236,7 @@ def test_a_sure_row_keeps_its_digits(dtype: torch.dtype, form: Form) -> None:
     )
 
 
-@each_form_with_kernels
+@each_kernel_form
 def test_a_part_of_labels_alone_and_one_of_nothing(form: Form) -> None:
     """There is no other class whose maximum could be taken: the sum is 0, and what stands for the maximum finite."""
     row, scalars = kernels(form), ClassParallelOptions(reduction=Reduction.NONE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ltkernels.bench import peers, peers_accuracy_counts, peers_crt, sampling
+from ltkernels.bench import peers, peers_accuracy_counts, peers_crt, peers_linear, sampling
 from ltkernels.bench.report import LOSSES, RATE, TITLES, Record, duration, machine
 
 DEFAULT_OP = {"op": "cross_entropy"}
@@ -16,6 +16,11 @@ _OF_LOSSES = (
     (peers.CLONE, "clone() of the logits"),
 )
 ROWS = dict.fromkeys(LOSSES, _OF_LOSSES) | {
+    "linear_cross_entropy": (
+        *_OF_LOSSES,
+        (peers_linear.CHUNKED, "F.linear_cross_entropy, chunks as ours"),
+        (peers_linear.AUTO, "F.linear_cross_entropy, its own chunks"),
+    ),
     "sampling": (
         (sampling.MULTINOMIAL, "torch.multinomial"),
         (sampling.VECTORISED, "vectorised PyTorch"),

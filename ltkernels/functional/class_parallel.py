@@ -186,13 +186,13 @@ class _Call:
 
         by_row = ("sample_weight", "feature_norm")
         arguments = {name: (value is not None) if name in by_row else kind(value) for name, value in self.rows.items()}
-        labels = self.target[:2] if isinstance(self.target, tuple) else (self.target,)
+        labels, lam = (self.target[:2], self.target[2]) if isinstance(self.target, tuple) else ((self.target,), None)
         same = (
             self.batch, self.head.input.dtype, self.products, self.bias is None, len(labels), labels[0].dtype,
-            self.sample is None, self.classes, sorted(arguments.items(), key=str),
+            kind(lam), self.sample is None, self.classes, sorted(arguments.items(), key=str),
         )  # fmt: skip
         replicated = self.batch == "replicated"
-        found = [digest_of(label) for label in labels] if replicated else 0
+        found = [digest_of(value) for value in (*labels, lam) if isinstance(value, Tensor)] if replicated else 0
         # As a length they are numbers also in a graph of any sizes, of which the header is a constant.
         rows, features = (len(range(size)) for size in self.head.input.shape)
         classes = len(range(self.weight.shape[0]))
@@ -215,12 +215,15 @@ class _Call:
             )
         elif input.requires_grad and torch.is_grad_enabled():
             input = Replicated.apply(input, ranks)  # type: ignore[no-untyped-call]
-        self.most = max(1, *classes)
-        most = chunk_rows(len(input), self.most, _element_size(self.products, input), input.is_cpu)
-        products = self.products._replace(chunk_rows=min(self.products.chunk_rows or most, max(1, len(input))))
+        # All processes take the chunks, or the blocks, of the one that has the most classes.
+        most, element_bytes, block = max(1, *classes), _element_size(self.products, input), 0
+        if not (self.products.chunk_rows or torch.compiler.is_compiling()):
+            block = class_block(len(input), most, input.shape[1], element_bytes, input.is_cpu)
+        chunk = self.products.chunk_rows or chunk_rows(len(input), most, element_bytes, input.is_cpu)
+        products = self.products._replace(chunk_rows=min(chunk, max(1, len(input))))
 
         def op(tensors: tuple[Tensor | None, ...], options: RowCrossEntropyOptions, _: bool) -> Tensor:
-            return self._by_op(input, tensors, options, products, ranks, part, correction, sparse_grad)
+            return self._by_op(input, tensors, options, products, block, ranks, part, correction, sparse_grad)
 
         logits = input.detach().new_empty(()).expand(len(input), part.classes)
         loss = _of_rows(logits, target, **rows, inplace=False, op=op)
@@ -234,13 +237,14 @@ class _Call:
         tensors: tuple[Tensor | None, ...],
         options: RowCrossEntropyOptions,
         products: LinearOptions,
+        block: int,
         ranks: Ranks,
         part: Part,
         correction: bool,
         sparse_grad: bool,
     ) -> Tensor:
         def own(table: Tensor | None) -> Tensor | None:
-            if table is None or not (table.requires_grad and torch.is_grad_enabled()):
+            if table is None or not _followed(table):
                 return None if table is None else table[part.own].contiguous()
             return OwnClasses.apply(table, ranks, part.own)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -252,9 +256,6 @@ class _Call:
                 biases = torch.gather(biases, 0, index, sparse_grad=sparse_grad)
             if correction:
                 offset = (self.sample.log_expected / -options.scale).to(arg.compute_type(input))
-        block = 0
-        if not (self.products.chunk_rows or torch.compiler.is_compiling()):
-            block = class_block(len(input), self.most, input.shape[1], _element_size(products, input), input.is_cpu)
         return _by_op((input, vectors, biases), tensors, options, products, part, own, offset, ranks.name, block)
 
 
@@ -340,8 +341,11 @@ class _Labels:
         logits, target, second, lam, weight, _, bias, margin, eps, row_weight, *_ = tensors
         assert logits is not None and target is not None
         self.classes, self.weight, self.options = part.classes, weight, options
-        self.present = None if bias is None else torch.isfinite(bias.detach())
         self.table_eps, self.margin, self.logits = eps, margin, logits
+        self.smooths = options.label_smoothing > 0 or eps is not None
+        self.present = torch.isfinite(bias.detach()) if self.smooths and bias is not None else None
+        # How many classes label smoothing gives something to.
+        self.reached = self.classes if self.present is None else self.present.sum().double()
         self.nothing: Tensor | None = None
         labels = [target.long()] if second is None else [target.long(), second.long()]
         share = torch.ones((), dtype=torch.float64, device=logits.device)
@@ -355,15 +359,10 @@ class _Labels:
             places[1] = torch.where(same, -1, places[1])
         self.of, self.places = torch.stack(known), torch.stack(places)
 
-    @property
-    def reached(self) -> Tensor | int:
-        """How many classes label smoothing gives something to."""
-        return self.classes if self.present is None else self.present.sum().double()
-
     def smoothing(self, own: Tensor | slice) -> tuple[Tensor | None, Tensor]:
         """What smoothing gives the classes of this process, and to all classes together."""
         nothing = torch.zeros((), dtype=torch.float64, device=self.logits.device)
-        if self.options.label_smoothing == 0 and self.table_eps is None:
+        if not self.smooths:
             return None, nothing
         table = self.weight
         if table is None:
@@ -391,15 +390,14 @@ class _Labels:
         # Out of range is an error on the CPU, and known by now; on a GPU it makes the row's loss NaN.
         found[COEFFICIENT] = torch.where(outside, torch.nan, torch.where(valid, coefficient, 0.0))
         found[WEIGHT] = 1.0 if self.weight is None else self.weight[at].double()
-        reached = self.reached
         eps = torch.full_like(found[WEIGHT], options.label_smoothing)
         if self.table_eps is not None:
             eps = self.table_eps[at].double()
         if options.off_target:  # q_y = 1 - eps is (1 - e) + e / K for e = eps K / (K - 1)
-            rest = torch.as_tensor(reached, device=label.device, dtype=torch.float64) - 1
-            eps = torch.where(rest > 0, eps * reached / rest.clamp_min(1), 0.0)
+            rest = torch.as_tensor(self.reached, device=label.device, dtype=torch.float64) - 1
+            eps = torch.where(rest > 0, eps * self.reached / rest.clamp_min(1), 0.0)
         found[HARD] = (1.0 - eps) * found[WEIGHT]
-        found[SOFT] = eps / reached
+        found[SOFT] = eps / self.reached
         if self.margin is not None:
             found[MARGIN] = self.margin.to(label.device).expand(self.classes)[at].double()
         return found

@@ -374,15 +374,15 @@ def _flat_labels(target: Target) -> Tensor:
     return torch.cat([first, _labels("target[1]", target[1], first.device).reshape(-1)])
 
 
-def labels_of_all(target: Target, ranks: Ranks) -> Tensor:
-    """The labels of the rows of all processes, on each of them."""
+def labels_of_all(target: Target, ranks: Ranks, device: torch.device) -> Tensor:
+    """The labels of the rows of all processes, on each of them; ``device`` is the classifier's."""
     try:
         labels = _flat_labels(target)
     except (TypeError, ValueError):
         with suppress(RuntimeError):  # tells the others, who would wait
-            ranks.agree(Header(1, 0, 0, 0, 0, 0), torch.device("cpu"), False)
+            ranks.agree(Header(1, 0, 0, 0, 0, 0), device, False)
         raise
-    headers = ranks.agree(Header(0, len(labels), 0, 0, 0, 0), labels.device, False)
+    headers = ranks.agree(Header(0, len(labels), 0, 0, 0, 0), device, False)
     return ranks.gathered(labels, [header.rows for header in headers])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def digest_of(tensor: Tensor) -> int:
     """The same for the elements of a tensor on the CPU; 0 for others, which only a device can read."""
     if not tensor.is_cpu or torch.compiler.is_compiling():
         return 0
-    return zlib.crc32(tensor.detach().contiguous().numpy().tobytes())
+    value = tensor.detach().double() if tensor.is_floating_point() else tensor.contiguous()  # NumPy has no bfloat16
+    return zlib.crc32(value.numpy().tobytes())
 
 
 class Ranks:
@@ -80,8 +82,6 @@ class Ranks:
             raise RuntimeError(
                 "group: expected torch.distributed to be initialised (init_process_group), found it is not"
             )
-        from torch.distributed.device_mesh import DeviceMesh
-
         mesh = getattr(weight, "device_mesh", None)
         if mesh is not None:
             placements = tuple(weight.placements)  # type: ignore[attr-defined]
@@ -92,19 +92,10 @@ class Ranks:
                 )
             if group is None:
                 group = mesh
-        if isinstance(group, DeviceMesh):
-            if group.ndim != 1:
-                raise ValueError(f"group: expected a mesh of 1 dimension, found {group.ndim}")
-            if group.get_coordinate() is None:
-                raise ValueError(f"group: expected a mesh with this process, rank {dist.get_rank()}, found {group}")
-            group = group.get_group()
-        if group is dist.GroupMember.NON_GROUP_MEMBER:  # type: ignore[comparison-overlap]
-            raise ValueError(f"group: expected a group with this process, rank {dist.get_rank()}, found one without it")
-        if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"group: expected a ProcessGroup or a DeviceMesh, found {type(group).__name__}")
-        if mesh is not None and mesh.get_group() is not group:
+        members = process_group(group)
+        if mesh is not None and mesh.get_group() is not members:
             raise ValueError("group: expected None or the group that linear_weight is sharded over, found another")
-        return cls(group)
+        return cls(members)
 
     def agree(self, header: Header, device: torch.device, fixed: bool) -> list[Header]:
         """The headers of all processes, in order, if they may go on.
@@ -120,10 +111,10 @@ class Ranks:
             return _agreed(self.name, *header, str(device))
         if device.type == "cpu" or not fixed:
             return _checked(self._all(header, device))
-        key = (self.name, *header)
-        if key not in _KNOWN:
-            _KNOWN[key] = _checked(self._all(header, device))
-        return _KNOWN[key]
+        known = _KNOWN.setdefault(self.group, {})
+        if header not in known:
+            known[header] = _checked(self._all(header, device))
+        return known[header]
 
     def _all(self, header: Header, device: torch.device) -> list[Header]:
         mine = torch.tensor(header, dtype=torch.int64, device=device)
@@ -148,7 +139,31 @@ class Ranks:
         return total.to(value.dtype)
 
 
-_KNOWN: dict[tuple[Any, ...], list[Header]] = {}
+_KNOWN: WeakKeyDictionary[ProcessGroup, dict[Header, list[Header]]] = WeakKeyDictionary()
+"""By group and not by its name, which another group may have after this one was destroyed."""
+
+
+def process_group(group: object) -> ProcessGroup:
+    """A process group, or that of a mesh of one dimension, with this process; torch.distributed is initialised.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: this process is not of it; a mesh has several dimensions.
+    """
+    from torch import distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group: expected a mesh of 1 dimension, found {group.ndim}")
+        if group.get_coordinate() is None:
+            raise ValueError(f"group: expected a mesh with this process, rank {dist.get_rank()}, found {group}")
+        return group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"group: expected a group with this process, rank {dist.get_rank()}, found one without it")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a ProcessGroup or a DeviceMesh, found {type(group).__name__}")
+    return group
 
 
 def _checked(headers: list[Header]) -> list[Header]:
@@ -158,15 +173,15 @@ def _checked(headers: list[Header]) -> list[Header]:
             "linear_cross_entropy: expected right arguments on all ranks of the group, found that rank"
             f" {refused[0]} refused its own: see the error there"
         )
-    for name, place, what in (
-        ("input", 3, "the same number of features"),
-        ("arguments", 4, "the same types, options and shapes of class tables"),
-        ("target", 5, 'the same labels (batch="gathered" is for a batch of each rank)'),
+    for field, what in (
+        ("features", "input: expected the same number of features"),
+        ("arguments", "arguments: expected the same types, options and shapes of class tables"),
+        ("target", 'target: expected the same labels (batch="gathered" is for a batch of each rank)'),
     ):
-        values = [header[place] for header in headers]
+        values = [getattr(header, field) for header in headers]
         if len(set(values)) > 1:
-            found = f"{values} features" if place == 3 else f"others on rank {_odd(values)}"
-            raise ValueError(f"{name}: expected {what} on all ranks of the group, found {found}")
+            found = f"{values} features" if field == "features" else f"others on rank {_odd(values)}"
+            raise ValueError(f"{what} on all ranks of the group, found {found}")
     return headers
 
 

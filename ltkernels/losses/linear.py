@@ -270,7 +270,7 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
         if self._class_probs is not None and self._class_probs.device != step.device:
             self._class_probs = self._class_probs.to(step.device)
         if isinstance(self.linear, ClassParallelLinear) and self.linear.mesh is not None and self.batch == "gathered":
-            target = class_samples.labels_of_all(target, Ranks.of(None, self.linear.weight))
+            target = class_samples.labels_of_all(target, Ranks.of(None, self.linear.weight), step.device)
         sample = functional.sample_classes(
             target, self.num_classes, self._own_sampled, seed=self.seed, step=step, class_probs=self._class_probs,
             ignore_index=of.ignore_index, class_range=self._class_range,

@@ -28,6 +28,7 @@ from ltkernels.ops import cross_entropy as _cross_entropy
 from ltkernels.ops import entries
 from ltkernels.ops.chunked_linear import Chunk, Classifier, Needed
 from ltkernels.ops.class_shards import (
+    ABSENT,
     LABELS,
     MARGIN,
     MAX,
@@ -351,8 +352,9 @@ def _plain_numbers(logits: Tensor, shard: Shard, margins: Tensor, options: Any) 
     rows, count = logits.shape
     nothing = logits.new_full((rows,), -torch.inf)
     found = [nothing] * (LABELS + 2 * len(margins))
-    found[MAX], found[OTHERS], found[SMOOTH] = logits.new_full((rows,), -1e20), torch.zeros_like(nothing), logits.sum(1)
+    found[MAX], found[OTHERS] = torch.full_like(nothing, ABSENT), torch.zeros_like(nothing)
     if count == 0:
+        found[SMOOTH] = logits.sum(dim=1)  # of nothing, but differentiable
         return torch.stack(found)
     u = logits if shard.class_scale is None else logits * shard.class_scale.to(logits.dtype)
     bias = None if shard.class_bias is None else shard.class_bias.to(logits.dtype)
@@ -371,7 +373,7 @@ def _plain_numbers(logits: Tensor, shard: Shard, margins: Tensor, options: Any) 
             found[LABELS + 2 * k + place_of] = torch.where(here, value, -torch.inf)
         label = torch.zeros_like(masked, dtype=torch.bool).scatter_(1, at[:, None], here[:, None])
         masked = masked.masked_fill(label, -torch.inf)
-    found[MAX] = masked.detach().amax(dim=1).clamp_min(-1e20)
+    found[MAX] = masked.detach().amax(dim=1).clamp_min(ABSENT)
     found[OTHERS] = (masked - found[MAX][:, None]).exp().sum(dim=1)
     return torch.stack(found)
 

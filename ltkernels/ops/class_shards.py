@@ -29,7 +29,7 @@ COEFFICIENT, HARD, MARGIN, SOFT, WEIGHT = range(5)
 """What is known of a row's label: its share of the result, 0 where it is ignored; its weight in the loss beside what
 smoothing takes; its margin; what smoothing gives a class of weight 1; its class weight."""
 PER_LABEL = 5
-_ABSENT = -1e20
+ABSENT = -1e20
 """In place of a bias of -inf: e to it is 0, and a part may have no other classes."""
 _TINY = 1e-30
 """In place of a scale of 0, which times infinity is no number."""
@@ -66,7 +66,7 @@ class Shard(NamedTuple):
             bias = None if bias is None else s * bias
         if scale is not None:  # by which what stands for a label's logit is multiplied, to have no part in a sum
             scale = torch.where(scale == 0, _TINY, scale)
-        return scale, None if bias is None else bias.clamp_min(_ABSENT)
+        return scale, None if bias is None else bias.clamp_min(ABSENT)
 
 
 def local_places(label: Tensor, first: int, count: int, classes: int, ignore_index: int) -> Tensor:
@@ -147,7 +147,7 @@ def numbers(row: backends.Implementation, logits: Tensor, shard: Shard, margins:
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     found = torch.empty(LABELS + 2 * len(margins), len(logits), dtype=dtype, device=logits.device)
-    found[MAX], found[OTHERS], found[SMOOTH], found[LABELS:] = _ABSENT, 0.0, 0.0, -torch.inf
+    found[MAX], found[OTHERS], found[SMOOTH], found[LABELS:] = ABSENT, 0.0, 0.0, -torch.inf
     if logits.shape[1] == 0:
         return found
     labels = _Labels(shard, logits)
@@ -162,7 +162,7 @@ def numbers(row: backends.Implementation, logits: Tensor, shard: Shard, margins:
     state = row.forward(logits, labels.asked, None, scale, bias, None, None, *_PLAIN, False)[1][:-1].view(-1, 4)
     labels.put(own)
     alone = state[:, 0] == -torch.inf  # there are no classes but labels
-    found[MAX] = torch.where(alone, _ABSENT, state[:, 0])
+    found[MAX] = torch.where(alone, ABSENT, state[:, 0])
     found[OTHERS] = torch.where(alone, 0.0, state[:, 1].reciprocal())  # 1 / sum is the factor of a plain row
     x = own.to(dtype)
     both = _label_logits(x, labels.of(shard.class_scale), labels.of(shard.class_bias), margins.to(dtype), options)
