@@ -119,8 +119,9 @@ def topk_in_chunks() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK_BYTES", 3 * 4 * 4)
         calls = []
-        gather = dist.all_gather
-        patch.setattr(dist, "all_gather", lambda *args, **kwargs: (calls.append(args), gather(*args, **kwargs)))
+        for name in ("all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "broadcast"):
+            if real := getattr(dist, name, None):
+                patch.setattr(dist, name, lambda *args, real=real, **kw: (calls.append(args), real(*args, **kw)))
         found = head.topk(x, 3)
     assert torch.equal(found[1], expected[1]) and len(calls) == 2
     torch.testing.assert_close(found[0], expected[0])

@@ -184,14 +184,14 @@ class _Call:
         def kind(value: object) -> object:
             return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
 
+        replicated = self.batch == "replicated"
         by_row = ("sample_weight", "feature_norm")
         arguments = {name: (value is not None) if name in by_row else kind(value) for name, value in self.rows.items()}
         labels, lam = (self.target[:2], self.target[2]) if isinstance(self.target, tuple) else ((self.target,), None)
         same = (
             self.batch, self.head.input.dtype, self.products, self.bias is None, len(labels), labels[0].dtype,
-            kind(lam), self.sample is None, self.classes, sorted(arguments.items(), key=str),
+            kind(lam) if replicated else None, self.sample is None, self.classes, sorted(arguments.items(), key=str),
         )  # fmt: skip
-        replicated = self.batch == "replicated"
         found = [digest_of(value) for value in (*labels, lam) if isinstance(value, Tensor)] if replicated else 0
         # As a length they are numbers also in a graph of any sizes, of which the header is a constant.
         rows, features = (len(range(size)) for size in self.head.input.shape)
