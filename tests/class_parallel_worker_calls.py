@@ -145,33 +145,6 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "table": ({"class_bias": torch.zeros(C)}, "arguments: expected the same"),
     "batch": ({"batch": "gathered"}, "arguments: expected the same"),
     "two labels": ({"target": (torch.arange(N) % C, torch.arange(N) % C, 0.5)}, "arguments: expected the same"),
-    "bias": ({"linear_bias": torch.zeros(C + 1)}, ValueError, r"linear_bias: expected shape"),
-    "labels": ({"target": torch.zeros(N + 1, dtype=torch.int64)}, ValueError, r"target: expected labels of shape"),
-    "probabilities": ({"target": torch.full((N, C), 0.1)}, ValueError, "target: expected "),
-    "batch": ({"batch": "all"}, ValueError, "batch: expected 'replicated' or 'gathered', found 'all'"),
-    "normalize": ({"normalize": 1}, TypeError, "normalize: expected a bool"),
-    "rows": ({"sample_weight": torch.zeros(N + 1)}, ValueError, r"sample_weight: expected shape"),
-    "row_gate": ({"row_gate": torch.ones(N)}, ValueError, "row_gate: expected None with a group"),
-    "learnable weight": ({"weight": torch.ones(C, requires_grad=True)}, ValueError, "weight: expected .* without grad"),
-    "learnable margin": (
-        {"class_margin": torch.ones(C, requires_grad=True)}, ValueError, "class_margin: expected .* without gradient"
-    ),
-    "sparse": ({"sparse_grad": True}, ValueError, "sparse_grad: expected False"),
-}  # fmt: skip
-# These are right, but not what the others give: all processes say so.
-DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
-    "no option": ({"reduction": "most"}, "arguments: expected the same"),
-    "no scale": ({"scale": 0.0}, "arguments: expected the same"),
-    "no table": ({"class_bias": torch.zeros(C + 1)}, "arguments: expected the same"),
-    "no label": ({"target": torch.full((N,), C)}, "target: expected the same labels"),
-    "options": ({"scale": 2.0}, "arguments: expected the same types, options and shapes .* others on rank 2"),
-    "reduction": ({"reduction": "sum"}, "arguments: expected the same"),
-    "table": ({"class_bias": torch.zeros(C)}, "arguments: expected the same"),
-    "batch": ({"batch": "gathered"}, "arguments: expected the same"),
-    "two labels": ({"target": (torch.arange(N) % C, torch.arange(N) % C, 0.5)}, "arguments: expected the same"),
-    "share": (
-        {"target": (torch.arange(N) % C, torch.arange(N) % C, torch.ones(N))}, "arguments: expected the same"
-    ),
     "bias": ({"linear_bias": "zeros"}, "arguments: expected the same"),
     "labels": ({"target": torch.zeros(N, dtype=torch.int64)}, "target: expected the same labels .* others on rank 2"),
     "rows": (

@@ -19,7 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 VALUES = tuple(
-    f"tests/test_cross_entropy_{part}.py" for part in ("values", "limits", "golden", "torch", "inplace", "safety")
+    f"tests/test_cross_entropy_{part}.py"
+    for part in ("values", "limits", "golden", "torch", "inplace", "safety", "special")
 )
 KERNELS = ("tests/test_gpu_kernels.py", "tests/test_sampling_gpu.py")
 LADE = ("tests/test_lade.py",)
