@@ -23,7 +23,8 @@ import ltkernels as ltk
 linear_cross_entropy = ltk.functional.linear_cross_entropy
 ROWS, FEATURES, CLASSES, IGNORED = 23, 6, 19, 4
 BATCHES = ("replicated", "gathered")
-OF_ROWS = ("sample_weight", "feature_norm")
+OF_ROWS = ("rows", "norms", "gates", "soft")
+LABELS_ONLY = ("class_margin", "row_gate", "feature_norm", "smoothing_mode")
 
 # Names of tables and values of rows (Problem.tables) stand for these; a "*" behind one says that it learns.
 CASES: dict[str, dict[str, Any]] = {
@@ -60,6 +61,36 @@ CASES: dict[str, dict[str, Any]] = {
     "off target": {"label_smoothing": 0.1, "smoothing_mode": "off_target", "class_margin": "margins"},
     "influence": {"feature_norm": "norms", "influence_alpha": 10.0},
     "cosines": {"normalize": True, "scale": 30.0, "class_margin": "margins", "weight": "weights"},
+    "learnable": {
+        "weight": "weights*", "class_margin": "margins*", "label_smoothing": "epsilons*", "sample_weight": "rows*",
+        "class_bias": "biases*", "class_scale": "scales*",
+    },
+    "learnable, all": {
+        "weight": "weights*", "class_margin": "margins*", "label_smoothing": 0.1, "sample_weight": "rows*",
+        "class_bias": "biases*", "class_scale": "scales*", "scale": 1.5, "focal_gamma": 2.0, "z_loss": 0.05,
+        "denominator": "count",
+    },
+    "learnable, none": {
+        "reduction": "none", "weight": "weights*", "label_smoothing": 0.1, "sample_weight": "rows*",
+        "class_bias": "absent", "class_scale": "scales",
+    },
+    "learnable weights": {"weight": "weights*", "label_smoothing": 0.2, "class_bias": "absent"},
+    "learnable, off target": {
+        "label_smoothing": "epsilons*", "smoothing_mode": "off_target", "class_margin": "margins*",
+        "weight": "weights*",
+    },
+    "learnable, arc": {
+        "class_margin": "margins*", "margin_type": "arc", "scale": 8.0, "normalize": True, "class_scale": "scales*",
+        "weight": "weights*", "options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=5),
+    },
+    "learnable, influence": {"feature_norm": "norms*", "influence_alpha": 10.0, "sample_weight": "rows*"},
+    "gates": {"row_gate": "gates*", "class_bias": "biases*", "class_scale": "scales*"},
+    "gates alone": {"row_gate": "gates", "reduction": "none"},
+    "gates, all": {
+        "row_gate": "gates*", "class_bias": "biases*", "class_scale": "scales*", "class_margin": "margins*",
+        "weight": "weights*", "scale": 1.5, "label_smoothing": 0.1, "focal_gamma": 2.0, "z_loss": 0.05,
+        "sample_weight": "rows*", "options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=5),
+    },
     "chunks": {"options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=5)},
     "chunks, none": {"options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=5), "reduction": "none"},
 }  # fmt: skip
@@ -87,10 +118,16 @@ class Problem:
         tables = {
             "biases": torch.randn(CLASSES), "scales": torch.rand(CLASSES) + 0.5, "margins": torch.rand(CLASSES) * 0.5,
             "weights": torch.rand(CLASSES), "epsilons": torch.rand(CLASSES) * 0.3, "absent": absent,
-            "rows": torch.rand(ROWS), "norms": torch.rand(ROWS) * 5, "seven": torch.tensor(7.0),
+            "rows": torch.rand(ROWS), "norms": torch.rand(ROWS) * 5, "gates": torch.rand(ROWS),
+            "soft": torch.rand(ROWS, CLASSES).softmax(1), "seven": torch.tensor(7.0),
         }  # fmt: skip
+        tables["rows"][8] = tables["weights"][2] = 0.0
+        tables["soft"][:, -2:] = 0.0  # which are absent where classes are
         lam = torch.rand(ROWS)
-        targets = {"labels": y, "two, one lam": (y, other, 0.3), "two": (y, other, lam)}
+        targets = {
+            "labels": y, "two, one lam": (y, other, 0.3), "two": (y, other, lam), "probabilities": "soft",
+            "probabilities*": "soft*",
+        }  # fmt: skip
         return cls(x, w, b, targets, tables).to(dtype)
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -113,20 +150,25 @@ class Problem:
             name: tuple(map(rows, target)) if isinstance(target, tuple) else rows(target)
             for name, target in self.targets.items()
         }
-        tables = {name: rows(value) if name in ("rows", "norms") else value for name, value in self.tables.items()}
+        tables = {name: rows(value) if name in OF_ROWS else value for name, value in self.tables.items()}
         return Problem(rows(self.x), self.w[cut.classes], self.b[cut.classes], targets, tables)
 
     def loss(self, case: dict[str, Any], target: str, bias: bool, **more: Any) -> Tensor:
         """The loss; afterwards ``variables`` has what its gradients are of."""
         self.variables = {"x": self.x, "w": self.w} | ({"b": self.b} if bias else {})
-        for name in case.values():
+        for name in (*case.values(), self.targets[target]):
             if isinstance(name, str) and name.endswith("*"):
                 self.variables[name] = self.tables[name[:-1]]
         self.variables = {name: value.clone().requires_grad_() for name, value in self.variables.items()}
         known = {**self.tables, **self.variables}
-        given = {k: known.get(v, v) if isinstance(v, str) else v for k, v in case.items()} | {"ignore_index": IGNORED}
+        given = {k: known.get(v, v) if isinstance(v, str) else v for k, v in case.items()}
+        labels = self.targets[target]
+        if isinstance(labels, str):
+            labels = known[labels]
+        else:
+            given["ignore_index"] = IGNORED
         x, w = self.variables["x"], self.variables["w"]
-        return linear_cross_entropy(x, w, self.targets[target], linear_bias=self.variables.get("b"), **given, **more)
+        return linear_cross_entropy(x, w, labels, linear_bias=self.variables.get("b"), **given, **more)
 
     def gradients(self, loss: Tensor, upstream: Tensor) -> dict[str, Tensor]:
         found = torch.autograd.grad(loss, list(self.variables.values()), upstream.to(loss))
@@ -157,7 +199,7 @@ class Cut:
 
     def expected(self, name: str, whole: Tensor, batch: str) -> Tensor:
         """This process's part of one process's gradient."""
-        if name == "x":
+        if name == "x" or name.rstrip("*") in OF_ROWS:
             return whole[self.rows] * (dist.get_world_size() if batch == "gathered" else 1)
         return whole[self.classes] if name in ("w", "b") else whole
 
@@ -172,9 +214,10 @@ def compare(found: Tensor, expected: Tensor, tolerance: float, what: str) -> Non
 
 
 def combinations() -> Iterator[tuple[str, str, str, bool]]:
-    """Cases, targets, batches and bias: every target with every case, the bias with every second."""
-    for place, name in enumerate(CASES):
-        for target in ("labels", "two, one lam", "two"):
+    """Cases, targets, batches and bias: every target with every case that takes it, the bias with every second."""
+    for place, (name, case) in enumerate(CASES.items()):
+        soft = not any(key in case for key in LABELS_ONLY) and not isinstance(case.get("label_smoothing"), str)
+        for target in ("labels", "two, one lam", "two", *(("probabilities", "probabilities*") if soft else ())):
             for batch in BATCHES:
                 yield name, target, batch, (place + len(target) + len(batch)) % 2 == 0
 

@@ -123,14 +123,13 @@ REFUSED: dict[str, Wrong] = {
     "weight": ({"linear_weight": torch.zeros(3, 2, D)}, ValueError, r"linear_weight: expected shape \(C, D\) with a"),
     "bias": ({"linear_bias": torch.zeros(C + 1)}, ValueError, r"linear_bias: expected shape"),
     "labels": ({"target": torch.zeros(N + 1, dtype=torch.int64)}, ValueError, r"target: expected labels of shape"),
-    "probabilities": ({"target": torch.full((N, C), 0.1)}, ValueError, "target: expected "),
+    "probabilities": ({"target": torch.full((N + 1, C), 0.1)}, ValueError, "target: expected probabilities of shape"),
     "batch": ({"batch": "all"}, ValueError, "batch: expected 'replicated' or 'gathered', found 'all'"),
     "normalize": ({"normalize": 1}, TypeError, "normalize: expected a bool"),
     "rows": ({"sample_weight": torch.zeros(N + 1)}, ValueError, r"sample_weight: expected shape"),
-    "row_gate": ({"row_gate": torch.ones(N)}, ValueError, "row_gate: expected None with a group"),
-    "learnable weight": ({"weight": torch.ones(C, requires_grad=True)}, ValueError, "weight: expected .* without grad"),
-    "learnable margin": (
-        {"class_margin": torch.ones(C, requires_grad=True)}, ValueError, "class_margin: expected .* without gradient"
+    "gates": ({"row_gate": torch.ones(N + 1)}, ValueError, "row_gate: expected shape"),
+    "probabilities and gates": (
+        {"target": torch.full((N, C), 0.1), "row_gate": torch.ones(N)}, ValueError, "row_gate: expected None with prob"
     ),
     "sparse": ({"sparse_grad": True}, ValueError, "sparse_grad: expected False"),
 }  # fmt: skip
@@ -144,6 +143,10 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "reduction": ({"reduction": "sum"}, "arguments: expected the same"),
     "table": ({"class_bias": torch.zeros(C)}, "arguments: expected the same"),
     "batch": ({"batch": "gathered"}, "arguments: expected the same"),
+    "gates": ({"row_gate": torch.ones(N)}, "arguments: expected the same"),
+    "probabilities": ({"target": torch.full((N, C), 0.1)}, "arguments: expected the same"),
+    "learnable": ({"weight": torch.ones(C, requires_grad=True)}, "arguments: expected the same"),
+    "features that learn": ({"input": torch.ones(N, D, requires_grad=True)}, "arguments: expected the same"),
     "two labels": ({"target": (torch.arange(N) % C, torch.arange(N) % C, 0.5)}, "arguments: expected the same"),
     "bias": ({"linear_bias": "zeros"}, "arguments: expected the same"),
     "labels": ({"target": torch.zeros(N, dtype=torch.int64)}, "target: expected the same labels .* others on rank 2"),
@@ -187,6 +190,12 @@ def wrong_calls() -> None:
     for share, message in ((0.5, "arguments"), (torch.full((N,), 0.5), "target")):
         with pytest.raises(ValueError, match=f"{message}: expected the same"):
             call(target=(y, y.flip(0), share + 0.1 * last))
+    soft = torch.full((N, C), 0.1)
+    for wrong, message in ((soft + 0.1 * last, "target: expected the same"), (soft[:, : C - last], "arguments: ")):
+        with pytest.raises(ValueError, match=message):
+            call(target=wrong)
+    with pytest.raises(ValueError, match="target: expected probabilities of all 10 classes, found 9"):
+        call(target=soft[:, 1:])
     for batch in BATCHES:
         with pytest.raises(IndexError, match=r"target: expected labels in \[0, 10\) .* found 10 at row 3"):
             call(target=torch.tensor([0, 1, 2, C]).repeat(3), batch=batch)
@@ -317,12 +326,23 @@ def compiled() -> None:
     """One graph, which sends the same messages; a second call goes through the same graph."""
     x, w, y = problem()
     rows, own = part(N), part(C)
-    for batch, arguments in (
+    table = torch.rand(C, dtype=torch.float64).requires_grad_()
+    gates, soft = torch.rand(N, dtype=torch.float64).requires_grad_(), torch.rand(N, C, dtype=torch.float64).softmax(1)
+    for batch, given in (
         ("replicated", {"class_margin": 0.2}),
         ("replicated", {"reduction": "none", "label_smoothing": 0.1}),
         ("gathered", {"focal_gamma": 2.0}),
+        ("replicated", {"weight": "learns", "class_margin": "learns", "label_smoothing": 0.1}),
+        ("gathered", {"row_gate": "gates", "class_scale": "learns"}),
+        ("gathered", {"target": "soft", "weight": "learns"}),
     ):
         mine = rows if batch == "gathered" else slice(0, N)
+        known = {"learns": table, "gates": gates[mine], "soft": soft[mine]}
+        arguments = {
+            name: known.get(value, value) if isinstance(value, str) else value for name, value in given.items()
+        }
+        target = arguments.pop("target", y[mine])
+        tables = [value for value in arguments.values() if isinstance(value, Tensor)]
 
         def loss(x: Tensor, w: Tensor, y: Tensor, batch: str = batch, arguments: Any = arguments) -> Tensor:
             return linear_cross_entropy(x, w, y, group=dist.group.WORLD, batch=batch, **arguments)
@@ -333,8 +353,8 @@ def compiled() -> None:
             found, expected = [], []
             for function, results in ((fast, found), (loss, expected)):
                 x_, w_ = (x[mine] + step).requires_grad_(), w[own].clone().requires_grad_()
-                value = function(x_, w_, y[mine])
-                results += [value, *torch.autograd.grad(value.sum(), (x_, w_))]
+                value = function(x_, w_, target)
+                results += [value, *torch.autograd.grad(value.sum(), (x_, w_, *tables))]
             for a, b in zip(found, expected, strict=True):
                 same(a, b)
 

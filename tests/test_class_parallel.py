@@ -28,6 +28,7 @@ from ltkernels.ops.options import ClassParallelOptions, Reduction
 
 VALUES, CALLS = (ROOT / "tests" / f"class_parallel_worker{part}.py" for part in ("", "_calls"))
 N, D, C = 7, 4, 5
+SOFT_TARGET = torch.full((N, C), 1 / C)
 linear_cross_entropy = ltk.functional.linear_cross_entropy
 
 
@@ -83,32 +84,50 @@ def alone() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def arguments(labels: int, group: str, reduction: int, block: int) -> tuple[Any, ...]:
-    """Of the op, with all tables."""
+def arguments(labels: int, group: str, reduction: int, block: int, gate: bool) -> tuple[Any, ...]:
+    """Of the op, with all tables; no labels are probabilities."""
     torch.manual_seed(3)
-    of = torch.rand(labels, PER_LABEL, N, dtype=torch.float64)
+    of = torch.rand(max(1, labels), PER_LABEL, N, dtype=torch.float64)
     of[:, HARD], of[:, SOFT], of[:, WEIGHT] = 0.9, 0.02, 1.0
     places = torch.stack([torch.arange(N) % C, (torch.arange(N) + 2) % C])[:labels]
-    tensors = [torch.randn(*shape, dtype=torch.float64) for shape in ((N, D), (C, D), (C,), (C,), (C,))]
-    learnable = [tensor.requires_grad_() for tensor in tensors]
-    smooth, norm = torch.ones(C, dtype=torch.float64), torch.rand(N, dtype=torch.float64)
+    shapes = {
+        "input": (N, D), "linear_weight": (C, D), "linear_bias": (C,), "class_scale": (C,), "class_bias": (C,),
+        "margins": (labels, N),
+    }  # fmt: skip
+    made = {name: torch.randn(*shape, dtype=torch.float64) for name, shape in shapes.items()}
+    made |= {"smooth": torch.ones(C, dtype=torch.float64), "feature_norm": torch.rand(N, dtype=torch.float64)}
+    made |= {"of_labels": of, "smooth_total": made["smooth"].sum()}
+    if soft := labels == 0:
+        made["probabilities"] = torch.rand(N, C, dtype=torch.float64)
+        made["class_weight"] = torch.rand(C, dtype=torch.float64)
+        del made["feature_norm"]
+    if gate:
+        made["row_gate"] = torch.rand(N, dtype=torch.float64)
+    learnable = [made[name].requires_grad_() if name in made else None for name in op.VARIABLES]
     options = ClassParallelOptions(
-        reduction=reduction, scale=1.5, focal_gamma=1.5, z_loss=0.1, smoothing=True, chunk_rows=3, class_block=block,
-        group=group,
+        reduction=reduction, scale=1.5, focal_gamma=1.5, z_loss=0.1, smoothing=True, soft_target=soft, chunk_rows=3,
+        class_block=block, group=group,
     )  # fmt: skip
-    return (*learnable, smooth, places, of, smooth.sum(), norm, *options)
+    return (*learnable, places, *options)
 
 
-@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize(
+    ("labels", "block", "gate"),
+    [(1, 0, False), (2, 0, False), (1, 2, False), (2, 2, False), (1, 0, True), (0, 0, False)],
+)
 @pytest.mark.parametrize("reduction", [Reduction.SUM, Reduction.NONE])
-@pytest.mark.parametrize("block", [0, 2])
-def test_opcheck(labels: int, reduction: int, block: int, alone: Any) -> None:
-    made = arguments(labels, alone.group_name, reduction, block)
+def test_opcheck(labels: int, reduction: int, block: int, gate: bool, alone: Any) -> None:
+    made = arguments(labels, alone.group_name, reduction, block, gate)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(op.OP.forward, made, test_utils=(*tests, "test_aot_dispatch_dynamic"))
     loss, state = op.OP.forward(*made)
+    need = [value is not None for value in made[: len(op.VARIABLES)]]
     detached = [value.detach() if isinstance(value, torch.Tensor) else value for value in made]
-    opcheck(op.OP.backward, (torch.ones_like(loss), state.detach(), *detached, *(True,) * 5), test_utils=tests)
+    opcheck(
+        op.OP.backward,
+        (torch.ones_like(loss), state.detach(), *detached, *need),
+        test_utils=tests,
+    )
 
 
 def test_a_graph_for_other_numbers_of_rows(alone: Any) -> None:
@@ -143,10 +162,13 @@ def test_before_torch_distributed() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"row_gate": torch.ones(N)}, "row_gate: expected None with a group"),
-        ({"weight": torch.ones(C, requires_grad=True)}, "weight: expected a tensor without gradient with a group"),
-        ({"class_margin": torch.ones(C, requires_grad=True)}, "class_margin: expected a tensor without gradient"),
-        ({"target": torch.full((N, C), 1 / C)}, "target: expected labels with a group, found probabilities"),
+        ({"target": SOFT_TARGET[:, 1:]}, "target: expected probabilities of all 5 classes, found 4"),
+        ({"target": SOFT_TARGET[1:]}, r"target: expected probabilities of shape \(7, 'C'\) or labels"),
+        ({"target": SOFT_TARGET, "ignore_index": 3}, "ignore_index: expected None with probability targets, found 3"),
+        ({"target": SOFT_TARGET, "row_gate": torch.ones(N)}, "row_gate: expected None with probability targets"),
+        ({"target": SOFT_TARGET, "class_margin": 0.1}, "class_margin: expected None with probability targets"),
+        ({"target": SOFT_TARGET, "smoothing_mode": "off_target"}, "label_smoothing: expected one number, of all"),
+        ({"row_gate": torch.ones(N - 1)}, "row_gate: expected shape"),
         ({"linear_weight": torch.ones(C, 2, D), "target": torch.zeros(N, 2).long()}, "linear_weight: expected shape"),
         ({"linear_bias": torch.ones(C + 1)}, "linear_bias: expected shape"),
         ({"batch": "all"}, "batch: expected"),

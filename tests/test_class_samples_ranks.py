@@ -55,10 +55,26 @@ def options(name: str, classes: int) -> dict[str, Any]:
         "margins": {"class_margin": tables[0], "margin_type": "arc", "normalize": True, "scale": 8.0},
         "focal, none": {"focal_gamma": 2.0, "reduction": "none"},
         "sparse": {"sparse_grad": True, "z_loss": 0.1},
+        "smoothing": {"label_smoothing": 0.1, "weight": tables[2].requires_grad_(), "class_bias": tables[1]},
+        "smoothing, absent": {
+            "label_smoothing": tables[0] * 0.3,
+            "smoothing_mode": "off_target",
+            "correction": False,
+            "class_bias": torch.where(torch.arange(classes) % 5 == 4, -torch.inf, tables[1]),
+        },
+        "gates": {
+            "row_gate": torch.rand(N, dtype=torch.float64),
+            "correction": False,
+            "label_smoothing": 0.1,
+            "class_bias": tables[1],
+            "class_margin": tables[2],
+        },
     }[name]
 
 
-NAMES = ("plain", "not corrected", "tables", "margins", "focal, none", "sparse")
+NAMES = (
+    "plain", "not corrected", "tables", "margins", "focal, none", "sparse", "smoothing", "smoothing, absent", "gates",
+)  # fmt: skip
 
 
 def check_functional(rank: int, name: str, classes: int, batch: str, pair: bool) -> None:
@@ -68,6 +84,8 @@ def check_functional(rank: int, name: str, classes: int, batch: str, pair: bool)
     if pair:
         y = (y, torch.randint(classes, (N,)), torch.rand(N).double())
     given = options(name, classes)
+    if name == "smoothing, absent":
+        y = y - (y % 5 == 4).long()
     parts = samples(y, classes, classes // 2, step=1, probs=torch.arange(1.0, classes + 1) if pair else None)
     first, end = ranges(classes)[rank]
     rows = slice(0, N)
@@ -75,15 +93,20 @@ def check_functional(rank: int, name: str, classes: int, batch: str, pair: bool)
         rows = slice(sum(ROWS[:rank]), sum(ROWS[: rank + 1]))
     own_x, own_w = x[rows].clone().requires_grad_(), w[first:end].clone().requires_grad_()
     own_y = tuple(value[rows] for value in y) if pair else y[rows]
-    loss = linear_cross_entropy(own_x, own_w, own_y, group=dist.group.WORLD, batch=batch, sample=parts[rank], **given)
-
+    gates = {"row_gate": given["row_gate"][rows]} if "row_gate" in given else {}
+    loss = linear_cross_entropy(
+        own_x, own_w, own_y, group=dist.group.WORLD, batch=batch, sample=parts[rank], **(given | gates)
+    )
     x.requires_grad_(), w.requires_grad_()
     expected = linear_cross_entropy(x, w, y, sample=united(parts, classes), **(given | {"sparse_grad": False}))
     above = torch.linspace(0.5, 1.5, N).double() if expected.dim() else torch.tensor(0.7).double()
-    d_x, d_w = torch.autograd.grad(expected, (x, w), above)
+    learnt = [value for value in given.values() if isinstance(value, Tensor) and value.requires_grad]
+    d_x, d_w, *d_learnt = torch.autograd.grad(expected, (x, w, *learnt), above)
     torch.testing.assert_close(loss, expected[rows] if expected.dim() else expected, rtol=1e-11, atol=0)
     upstream = above[rows] if expected.dim() else above
-    found_x, found_w = torch.autograd.grad(loss, (own_x, own_w), upstream)
+    found_x, found_w, *found_learnt = torch.autograd.grad(loss, (own_x, own_w, *learnt), upstream)
+    for found, whole in zip(found_learnt, d_learnt, strict=True):
+        torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(found_x, d_x[rows] * (WORLD if batch == "gathered" else 1), rtol=1e-10, atol=1e-13)
     assert found_w.is_sparse == given.get("sparse_grad", False)
     torch.testing.assert_close(found_w.to_dense(), d_w[first:end], rtol=1e-10, atol=1e-13)

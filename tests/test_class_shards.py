@@ -14,13 +14,14 @@ import torch
 from cross_entropy_cases import Form, each_kernel_form, seed
 from torch import Tensor
 
+from ltkernels.ops import class_shards_plain as plain
 from ltkernels.ops import cross_entropy as op
 from ltkernels.ops.class_shards import (
     COEFFICIENT,
     HARD,
     LABELS,
-    MARGIN,
     MAX,
+    NO_GRADIENTS,
     OTHERS,
     PER_LABEL,
     SOFT,
@@ -134,8 +135,12 @@ class Problem:
         of[WEIGHT] = 1.0 if t["weight"] is None else t["weight"][at]
         of[COEFFICIENT] = torch.where(valid, self.shares, 0.0) * (1.0 if t["rows"] is None else t["rows"])
         of[HARD], of[SOFT] = (1 - eps) * of[WEIGHT], eps / len(self.present().nonzero())
-        of[MARGIN] = 0.0 if t["margin"] is None else t["margin"][at]
         return of.movedim(1, 0).contiguous()
+
+    def margins(self) -> Tensor:
+        """Of the labels."""
+        table = self.tables["margin"]
+        return torch.zeros_like(self.shares) if table is None else table[self.labels.clamp_min(0)]
 
     def present(self) -> Tensor:
         bias = self.tables["bias"]
@@ -174,26 +179,24 @@ def test_parts_together_are_the_whole(name: str, labels: int, dtype: torch.dtype
     upstream = torch.randn(ROWS, dtype=torch.float64).to(form.device, dtype)
     expected, (d_logits, *d_tables) = p.truth(upstream)
 
-    row, scalars, of = kernels(form), p.scalars(), p.of_labels()
+    row, scalars, of, margins = kernels(form), p.scalars(), p.of_labels(), p.margins()
     shards = [p.shard(*cut) for cut in CUTS]
     logits = [p.logits[:, first:last].clone() for first, last in CUTS]
     smooth, norm = p.smooth(), p.tables["norm"]
     total = of.new_zeros(()) if smooth is None else smooth.double().sum()
-    need = (d_tables[0] is not None, d_tables[1] is not None)
+    need = (d_tables[0] is not None, d_tables[1] is not None, *NO_GRADIENTS[2:])
     with form.use():
-        parts = [numbers(row, z, s, of[:, MARGIN], scalars) for z, s in zip(logits, shards, strict=True)]
+        parts = [numbers(row, z, s, margins, scalars) for z, s in zip(logits, shards, strict=True)]
         for z, (first, last) in zip(logits, CUTS, strict=True):
             assert torch.equal(z, p.logits[:, first:last]), "the logits are not as they were"
         together = merged(torch.stack(parts))
         nested = merged(torch.stack([merged(torch.stack(parts[2:])), merged(torch.stack(parts[:2]))]))
         torch.testing.assert_close(nested, together, rtol=1e-13, atol=1e-13)
         losses = finish(together, of, total, None if norm is None else norm.double(), scalars)
-        found, derivative = differentiated(
-            together, upstream, of, total, None if norm is None else norm.double(), scalars
-        )
+        found, of_rows = differentiated(together, upstream, of, total, None if norm is None else norm.double(), scalars)
         assert torch.equal(losses, found)
         tables = [
-            gradient_(row, derivative, together[MAX], z, s, of[:, MARGIN], scalars, need)
+            gradient_(row, of_rows.numbers, together[MAX], z, s, margins, scalars, need)
             for z, s in zip(logits, shards, strict=True)
         ]
 
@@ -210,6 +213,34 @@ def test_parts_together_are_the_whole(name: str, labels: int, dtype: torch.dtype
 
 
 @each_kernel_form
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("labels", [1, 2])
+def test_gradients_of_all_that_is_known_of_a_part(name: str, labels: int, form: Form) -> None:
+    """Beside those above: of what smoothing gives the classes, and of margins; against autograd and the definition."""
+    p = Problem.of(CASES[name], labels, torch.float64, form.device)
+    row, scalars, of, margins = kernels(form), p.scalars(), p.of_labels(), p.margins()
+    need = (True, True, p.options.label_smoothing > 0, True, False, False, False)
+    smooth, norm = p.smooth(), p.tables["norm"]
+    total = of.new_zeros(()) if smooth is None else smooth.double().sum()
+    upstream = torch.randn(ROWS, dtype=torch.float64, device=form.device)
+    with form.use():
+        shards = [p.shard(*cut) for cut in CUTS]
+        logits = [p.logits[:, first:last].clone() for first, last in CUTS]
+        parts = [plain.numbers(z, s, margins, scalars) for z, s in zip(logits, shards, strict=True)]
+        together = merged(torch.stack(parts))
+        _, of_rows = differentiated(together, upstream, of, total, None if norm is None else norm.double(), scalars)
+        for z, s in zip(logits, shards, strict=True):
+            arguments = (of_rows.numbers, together[MAX])
+            given = z.clone(), z.clone()
+            exact = plain.gradient_(*arguments, given[0], s, margins, scalars, need)
+            found = gradient_(row, *arguments, given[1], s, margins, scalars, need)
+            torch.testing.assert_close(given[1], given[0], rtol=1e-10, atol=1e-12)
+            for gradient, expected in zip(found, exact, strict=True):
+                if expected is not None:  # what is not given has no gradient there
+                    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+@each_kernel_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_sure_row_keeps_its_digits(dtype: torch.dtype, form: Form) -> None:
     """Losses of e^-4 to e^-40, of which log-sum-exp minus the label's logit would have no digit left in float32."""
@@ -220,13 +251,13 @@ def test_a_sure_row_keeps_its_digits(dtype: torch.dtype, form: Form) -> None:
     of[:, [COEFFICIENT, HARD, WEIGHT]] = 1.0
     halves = [logits[:, :1].clone(), logits[:, 1:].clone()]
     places = [torch.zeros(1, 10, dtype=torch.int64, device=form.device), torch.full((1, 10), -1, device=form.device)]
-    zero = of.new_zeros(())
+    zero, margins = of.new_zeros(()), of.new_zeros(1, 10)
     with form.use():
-        parts = [numbers(row, z, Shard(at), of[:, MARGIN], scalars) for z, at in zip(halves, places, strict=True)]
+        parts = [numbers(row, z, Shard(at), margins, scalars) for z, at in zip(halves, places, strict=True)]
         together = merged(torch.stack(parts))
-        loss, derivative = differentiated(together, torch.ones_like(gap).to(form.device), of, zero, None, scalars)
+        loss, of_rows = differentiated(together, torch.ones_like(gap).to(form.device), of, zero, None, scalars)
         for z, at in zip(halves, places, strict=True):
-            gradient_(row, derivative, together[MAX], z, Shard(at), of[:, MARGIN], scalars)
+            gradient_(row, of_rows.numbers, together[MAX], z, Shard(at), margins, scalars)
     exact = torch.log1p(2 * (-gap.double()).exp())
     torch.testing.assert_close(loss.cpu(), exact, rtol=2e-6, atol=0)
     missing = 2 / (gap.double().exp() + 2)  # 1 - p

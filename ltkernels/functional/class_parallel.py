@@ -16,19 +16,31 @@ from torch.nn import functional as F
 
 from ltkernels import arguments as arg
 from ltkernels.functional.class_samples import ClassSample
-from ltkernels.functional.cross_entropy import _of_rows
-from ltkernels.functional.ranks import Gathered, Header, OwnClasses, OwnRows, Ranks, Replicated, digest, digest_of
+from ltkernels.functional.cross_entropy import _cached_options, _of_rows
+from ltkernels.functional.ranks import (
+    Gathered,
+    Header,
+    OfAllRanks,
+    OwnClasses,
+    OwnRows,
+    Ranks,
+    Replicated,
+    digest,
+    digest_of,
+)
+from ltkernels.functional.reductions import divided, given_denominator
 from ltkernels.functional.row_cross_entropy import Target
 from ltkernels.ops import class_parallel as _op
+from ltkernels.ops import cross_entropy as _plain_op
 from ltkernels.ops import row_cross_entropy as _row_op
 from ltkernels.ops.chunked_linear import FEW_ROWS, LOGITS_BYTES, chunk_rows, class_block
-from ltkernels.ops.class_shards import COEFFICIENT, HARD, MARGIN, PER_LABEL, SOFT, WEIGHT, local_places
+from ltkernels.ops.class_shards import COEFFICIENT, HARD, PER_LABEL, SOFT, WEIGHT, local_places
 from ltkernels.ops.denominators import inverse_denominator
 from ltkernels.ops.linear_cross_entropy import MEANS, PRODUCTS
 from ltkernels.ops.options import ClassParallelOptions, LinearOptions, ProductType, Reduction, RowCrossEntropyOptions
 
 BATCHES = ("replicated", "gathered")
-_FIXED = ("weight", "class_margin", "label_smoothing", "sample_weight", "feature_norm")
+_OF_ROWS = ("sample_weight", "feature_norm", "row_gate")
 
 
 def _followed(value: object) -> bool:
@@ -103,7 +115,7 @@ def linear_cross_entropy(
     try:
         if sparse_grad and (sample is None or is_sharded(linear_weight)):
             raise ValueError("sparse_grad: expected False with a DTensor or without sample, found True")
-        call = _Call(checked, products, input, linear_weight, linear_bias, target, batch, sample, rows)
+        call = _Call(checked, products, input, linear_weight, linear_bias, target, batch, sample, correction, rows)
         header = call.header()
     except (TypeError, ValueError, IndexError) as error:
         problem = error
@@ -116,7 +128,7 @@ def linear_cross_entropy(
         if problem is not None:
             raise problem from None
         raise
-    return call.loss(ranks, headers, correction, sparse_grad)
+    return call.loss(ranks, headers, sparse_grad)
 
 
 class _Call:
@@ -132,10 +144,11 @@ class _Call:
         target: Target,
         batch: str,
         sample: ClassSample | None,
+        correction: bool,
         rows: dict[str, Any],
     ) -> None:
         arg.choice("batch", batch, BATCHES)
-        self.batch, self.rows, self.sample = batch, dict(rows), sample
+        self.batch, self.rows, self.sample, self.correction = batch, dict(rows), sample, correction
         self.classes = len(weight) if is_sharded(weight) else None
         self.weight = weight.to_local() if is_sharded(weight) else arg.tensor("linear_weight", weight)  # type: ignore[attr-defined]
         self.bias = bias.to_local() if bias is not None and is_sharded(bias) else bias  # type: ignore[attr-defined]
@@ -147,17 +160,18 @@ class _Call:
             )
         some = self.weight if len(self.weight) else self.weight.new_empty(1, self.weight.shape[1])
         self.head = checked(input, some, None if self.bias is None else self.bias.new_empty(len(some)))
-        for name in _FIXED:
-            if _followed(self.rows.get(name)):
-                raise ValueError(f"{name}: expected a tensor without gradient with a group, found one that requires it")
-        if self.rows.get("row_gate") is not None:
-            raise ValueError("row_gate: expected None with a group, found a tensor")
+        soft = isinstance(target, Tensor) and target.is_floating_point()
+        self.target: Any = self._probabilities(target) if soft else self.head.target(target)[0]  # type: ignore[arg-type]
+        self.soft = soft
+        if self.rows["ignore_index"] is None:
+            self.rows["ignore_index"] = -100
+        elif soft:
+            raise ValueError(
+                f"ignore_index: expected None with probability targets, found {self.rows['ignore_index']!r}"
+            )
         if sample is not None:
             self._check_sample(sample)
-        self.target, labels = self.head.target(target)
-        if not labels:
-            raise ValueError("target: expected labels with a group, found probabilities")
-        for name in ("sample_weight", "feature_norm"):
+        for name in _OF_ROWS:
             self.rows[name] = self.head.of_rows(name, self.rows.get(name))
         if isinstance(self.target, tuple) and batch == "gathered":
             first, second, lam = self.target
@@ -167,6 +181,23 @@ class _Call:
             self.target = first, second, lam.to(first.device).expand(first.shape)
         self.products = products(self.head)
 
+    def _probabilities(self, target: Tensor) -> Tensor:
+        """Of all classes, whose number is to be seen with the other processes, as ``(N, C)``."""
+        lead = self.head.rows
+        if target.dtype not in arg.LOGITS_TYPES or target.dim() != len(lead) + 1 or target.shape[:-1] != lead:
+            raise ValueError(
+                f"target: expected probabilities of shape {(*lead, 'C')} or labels of an integer type, found"
+                f" {tuple(target.shape)} of {target.dtype}"
+            )
+        if target.device != self.head.input.device:
+            raise ValueError(f"target: expected device {self.head.input.device} as input's, found {target.device}")
+        for name in ("class_margin", "row_gate", "feature_norm"):
+            if self.rows.get(name) is not None:
+                raise ValueError(f"{name}: expected None with probability targets, found one")
+        if self.rows["smoothing_mode"] != "all" or isinstance(self.rows["label_smoothing"], Tensor):
+            raise ValueError("label_smoothing: expected one number, of all classes, with probability targets")
+        return target.reshape(len(self.head.input), target.shape[-1])
+
     def _check_sample(self, sample: ClassSample) -> None:
         if not isinstance(sample, ClassSample):
             raise TypeError(f"sample: expected a ClassSample, found {type(sample).__name__}")
@@ -174,23 +205,29 @@ class _Call:
             raise ValueError(
                 f"sample: expected one of this rank's {len(self.weight)} classes, found one of {sample.num_classes}"
             )
-        eps = self.rows["label_smoothing"]
-        if isinstance(eps, Tensor) or eps != 0:
-            raise ValueError(f"label_smoothing: expected 0 with a sample and a group, found {eps!r}")
+        if self.soft:
+            raise ValueError("sample: expected None with probability targets, which are of all classes, found one")
+        if self.correction and self.rows.get("row_gate") is not None:
+            raise ValueError("correction: expected False with row_gate, which would multiply it, found True")
 
     def header(self) -> Header:
         """What the others have to know."""
 
         def kind(value: object) -> object:
-            return (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            return value.dtype, tuple(value.shape), _followed(value)
+
+        def of_row(value: Tensor | None) -> object:
+            return value is not None and (value.dtype, _followed(value))
 
         replicated = self.batch == "replicated"
-        by_row = ("sample_weight", "feature_norm")
-        arguments = {name: (value is not None) if name in by_row else kind(value) for name, value in self.rows.items()}
+        arguments = {name: of_row(value) if name in _OF_ROWS else kind(value) for name, value in self.rows.items()}
         labels, lam = (self.target[:2], self.target[2]) if isinstance(self.target, tuple) else ((self.target,), None)
         same = (
-            self.batch, self.head.input.dtype, self.products, self.bias is None, len(labels), labels[0].dtype,
-            kind(lam) if replicated else None, self.sample is None, self.classes, sorted(arguments.items(), key=str),
+            self.batch, self.head.input.dtype, self.products, self.bias is None, len(labels), of_row(labels[0]),
+            labels[0].shape[1:], kind(lam) if replicated else None, self.sample is None, self.correction, self.classes,
+            sorted(arguments.items(), key=str), _followed(self.head.input),
         )  # fmt: skip
         found = [digest_of(value) for value in (*labels, lam) if isinstance(value, Tensor)] if replicated else 0
         # As a length they are numbers also in a graph of any sizes, of which the header is a constant.
@@ -198,76 +235,99 @@ class _Call:
         classes = len(range(self.weight.shape[0]))
         return Header(0, rows, classes, features, digest(same), digest((rows, found)) if replicated else 0)
 
-    def loss(self, ranks: Ranks, headers: list[Header], correction: bool, sparse_grad: bool) -> Tensor:
+    def loss(self, ranks: Ranks, headers: list[Header], sparse_grad: bool) -> Tensor:
         """The loss, now that all processes agree."""
         counts = tuple(header.rows for header in headers)
         classes = [header.classes for header in headers]
         part = Part(sum(classes[: ranks.rank]), classes[ranks.rank], sum(classes), self.sample)
-        input, target, rows = self.head.input, self.target, dict(self.rows)
-        if self.batch == "gathered":
-            input = Gathered.apply(input, ranks, counts)  # type: ignore[no-untyped-call]
-            for name in ("sample_weight", "feature_norm"):
-                rows[name] = None if rows[name] is None else ranks.gathered(rows[name], counts)
-            target = (
-                tuple(ranks.gathered(value, counts) for value in target)
-                if isinstance(target, tuple)
-                else ranks.gathered(target, counts)
+        if self.soft and self.target.shape[1] != part.classes:
+            raise ValueError(
+                f"target: expected probabilities of all {part.classes} classes, found {self.target.shape[1]}"
             )
-        elif input.requires_grad and torch.is_grad_enabled():
-            input = Replicated.apply(input, ranks)  # type: ignore[no-untyped-call]
+
+        def of_all(value: Tensor | None, summed: bool) -> Any:
+            """What has a value a row, for all rows; ``summed`` if this process finds but a part of its gradient."""
+            if value is None:
+                return None
+            if self.batch == "replicated":
+                return Replicated.apply(value, ranks) if summed and _followed(value) else value  # type: ignore[no-untyped-call]
+            if _followed(value):
+                return Gathered.apply(value, ranks, counts, summed)  # type: ignore[no-untyped-call]
+            return ranks.gathered(value, counts)
+
+        input, rows = of_all(self.head.input, True), dict(self.rows)
+        for name in _OF_ROWS:
+            rows[name] = of_all(rows[name], name == "row_gate")
+        target = self.target
+        if self.batch == "gathered" and isinstance(target, tuple):
+            target = tuple(ranks.gathered(value, counts) for value in target)
+        elif not isinstance(target, tuple):
+            target = of_all(target, False)
         # All processes take the chunks, or the blocks, of the one that has the most classes.
         most, element_bytes, block = max(1, *classes), _element_size(self.products, input), 0
-        if not (self.products.chunk_rows or torch.compiler.is_compiling()):
+        plain = self.soft or rows["row_gate"] is not None
+        if not (self.products.chunk_rows or torch.compiler.is_compiling() or plain):
             block = class_block(len(input), most, input.shape[1], element_bytes, input.is_cpu)
         chunk = self.products.chunk_rows or chunk_rows(len(input), most, element_bytes, input.is_cpu)
         products = self.products._replace(chunk_rows=min(chunk, max(1, len(input))))
 
         def op(tensors: tuple[Tensor | None, ...], options: RowCrossEntropyOptions, _: bool) -> Tensor:
-            return self._by_op(input, tensors, options, products, block, ranks, part, correction, sparse_grad)
+            vectors, biases, offset = self.weight, self.bias, None
+            if self.sample is not None:
+                index = self.sample.classes
+                vectors = F.embedding(index, vectors, sparse=sparse_grad)
+                if biases is not None:
+                    biases = torch.gather(biases, 0, index, sparse_grad=sparse_grad)
+                if self.correction:
+                    offset = (self.sample.log_expected / -options.scale).to(arg.compute_type(input))
+            return _by_op((input, vectors, biases), tensors, options, products, part, offset, ranks, block)
 
         logits = input.detach().new_empty(()).expand(len(input), part.classes)
-        loss = _of_rows(logits, target, **rows, inplace=False, op=op)
+        if self.soft:
+            loss = _of_probabilities(logits, target, op, **rows)
+        else:
+            loss = _of_rows(logits, target, **rows, inplace=False, op=op)
         if loss.dim() and self.batch == "gathered":
             loss = OwnRows.apply(loss, ranks, counts)  # type: ignore[no-untyped-call]
         return self.head.shaped(loss)  # type: ignore[no-any-return]
 
-    def _by_op(
-        self,
-        input: Tensor,
-        tensors: tuple[Tensor | None, ...],
-        options: RowCrossEntropyOptions,
-        products: LinearOptions,
-        block: int,
-        ranks: Ranks,
-        part: Part,
-        correction: bool,
-        sparse_grad: bool,
-    ) -> Tensor:
-        def own(table: Tensor | None) -> Tensor | None:
-            if table is None or not _followed(table):
-                return None if table is None else table[part.own].contiguous()
-            return OwnClasses.apply(table, ranks, part.own)  # type: ignore[no-untyped-call, no-any-return]
 
-        vectors, biases, offset = self.weight, self.bias, None
-        if self.sample is not None:
-            index = self.sample.classes
-            vectors = F.embedding(index, vectors, sparse=sparse_grad)
-            if biases is not None:
-                biases = torch.gather(biases, 0, index, sparse_grad=sparse_grad)
-            if correction:
-                offset = (self.sample.log_expected / -options.scale).to(arg.compute_type(input))
-        return _by_op((input, vectors, biases), tensors, options, products, part, own, offset, ranks.name, block)
+def _of_probabilities(
+    logits: Tensor,
+    target: Tensor,
+    op: Callable[[tuple[Tensor | None, ...], RowCrossEntropyOptions, bool], Tensor],
+    *,
+    denominator: str | float | Tensor,
+    reduction: str,
+    **rows: Any,
+) -> Tensor:
+    """What ``_of_rows`` is for labels: checks tables and scalars, and calls ``op`` with what it takes of them."""
+    names = ("weight", "class_scale", "class_bias")
+    weight, scale, bias = (None if rows[name] is None else arg.class_vector(name, rows[name], logits) for name in names)
+    row_weight = rows["sample_weight"]
+    if row_weight is not None:
+        row_weight = arg.row_weight("sample_weight", row_weight, logits)
+    given: Tensor | None = None
+    if isinstance(denominator, Tensor):
+        given, denominator = given_denominator(denominator, reduction), 1.0
+    scalars, divisor = _cached_options(
+        rows["ignore_index"], reduction, rows["label_smoothing"], rows["scale"], rows["focal_gamma"], rows["focal_pt"],
+        rows["focal_grad"], rows["z_loss"], denominator, rows["empty"],
+    )  # fmt: skip
+    tensors = (logits, target, None, None, weight, scale, bias, None, None, row_weight, None, None, None, None)
+    loss = op(tensors, RowCrossEntropyOptions(**scalars._asdict()), False)
+    return divided(loss, given, divisor, scalars.empty_zero)
 
 
 FEW_CLASSES = LOGITS_BYTES // (8 * FEW_ROWS)
 """Up to so many there are no blocks."""
 
 
-def block_size(head: Any, products: LinearOptions, rows: dict[str, Any]) -> int:
+def block_size(head: Any, products: LinearOptions) -> int:
     """How many classes :func:`by_blocks` should take at a time; 0 where there are none to take, or it cannot serve."""
     if head.weight.dim() != 2 or products.chunk_rows or torch.compiler.is_compiling():
         return 0
-    if torch._C._are_functorch_transforms_active() or any(_followed(rows[name]) for name in _FIXED):
+    if torch._C._are_functorch_transforms_active():
         return 0
     element_bytes = _element_size(products, head.input)
     count, classes = head.logits.shape
@@ -279,8 +339,7 @@ def by_blocks(head: Any, target: Target, products: LinearOptions, rows: dict[str
     part = Part(0, len(head.weight), len(head.weight), None)
 
     def op(tensors: tuple[Tensor | None, ...], options: RowCrossEntropyOptions, _: bool) -> Tensor:
-        linear = (head.input, head.weight, head.bias)
-        return _by_op(linear, tensors, options, products, part, lambda table: table, None, "", size)
+        return _by_op((head.input, head.weight, head.bias), tensors, options, products, part, None, None, size)
 
     return head.shaped(_of_rows(head.logits, target, **rows, inplace=False, op=op))  # type: ignore[no-any-return]
 
@@ -291,9 +350,8 @@ def _by_op(
     options: RowCrossEntropyOptions,
     products: LinearOptions,
     part: Part,
-    own: Callable[[Tensor | None], Tensor | None],
     offset: Tensor | None,
-    group: str,
+    ranks: Ranks | None,
     block: int,
 ) -> Tensor:
     """The op's loss, from what the op of logits would be given: ``tensors`` and ``options``.
@@ -302,105 +360,176 @@ def _by_op(
         linear: features, class vectors and biases.
         products: their options.
         part: the classes that they are of.
-        own: that part of a class table.
         offset: of the classes' biases.
-        group: the name of the group, empty for this process alone.
+        ranks: the processes; None for this one alone.
         block: the size of a block of classes, 0 for none.
     """
-    _, _, _, _, _, scale, bias, _, _, _, _, norm, *_ = tensors
-    input = linear[0]
-    if input.is_cpu and arg.may_look(input):
-        _row_op.OP.check_values(tensors, options)
-    labels = _Labels(tensors, options, part)
-    smooth, total = labels.smoothing(part.own)
+    logits, target, second, _, weight, scale, bias, _, _, row_weight, gate, norm, *_ = tensors
+    assert logits is not None and target is not None
+    soft = target.is_floating_point()
+    if linear[0].is_cpu and arg.may_look(linear[0]):
+        if soft:
+            _plain_op.OP.check_values((logits, target, weight, scale, bias, None, row_weight), options)
+        else:
+            _row_op.OP.check_values(tensors, options)
+
+    def own(table: Tensor | None, index: Any = part.own) -> Tensor | None:
+        if table is None or ranks is None or not _followed(table):
+            return None if table is None else table[index].contiguous()
+        return OwnClasses.apply(table, ranks, index)  # type: ignore[no-untyped-call, no-any-return]
+
+    smoothing = _Smoothing.of(tensors, options, part, own, ranks)
+    if soft:
+        known = _of_soft_target(tensors, options, smoothing)
+        probabilities = own(target, (slice(None), part.own))
+    else:
+        known, probabilities = _of_labels(tensors, options, part, smoothing), None
+    margins = known.margins
+    if ranks is not None and _followed(margins):
+        margins = Replicated.apply(margins, ranks)  # type: ignore[no-untyped-call]
     class_bias = own(bias)
     if offset is not None:
         class_bias = offset if class_bias is None else class_bias + offset
     reduction = options.reduction if options.reduction in (*MEANS, Reduction.NONE) else Reduction.SUM
     loss = _op.class_parallel_cross_entropy(
-        (*linear, own(scale), class_bias, smooth, labels.places, labels.of, total, norm),
+        (
+            *linear, own(scale), class_bias, smoothing.own, margins, gate, probabilities, own(weight) if soft else None,
+            known.of_labels, smoothing.total, norm, known.places,
+        ),
         ClassParallelOptions(
             reduction, options.scale, options.margin_type, options.focal_gamma, options.focal_weighted,
             options.focal_detached, options.influence_alpha, options.influence_eps, options.z_loss,
-            smooth is not None, *products, block, group,
+            smoothing.own is not None, soft, *products, block, "" if ranks is None else ranks.name,
         ),
     )  # fmt: skip
-    return loss if labels.nothing is None else torch.where(labels.nothing, torch.nan, loss)
+    return loss if known.nothing is None else torch.where(known.nothing, torch.nan, loss)
 
 
-class _Labels:
-    """What the op knows of the rows' labels, of which all processes know the same.
+class _Smoothing(NamedTuple):
+    """What label smoothing gives the classes: each its weight, or nothing where its bias is -inf."""
 
-    Attributes:
-        places: ``(L, N)``, of this process.
-        of: ``(L, PER_LABEL, N)``.
-        nothing: 0-d, whether a mean is of nothing; None where that is 0.
-    """
+    own: Tensor | None
+    """``(c,)``, the classes here; None without smoothing."""
+    total: Tensor
+    """The sum over all classes, 0-d float64."""
+    reached: float | Tensor
+    """How many classes it gives something to."""
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], options: RowCrossEntropyOptions, part: Part) -> None:
-        logits, target, second, lam, weight, _, bias, margin, eps, row_weight, *_ = tensors
-        assert logits is not None and target is not None
-        self.classes, self.weight, self.options = part.classes, weight, options
-        self.table_eps, self.margin, self.logits = eps, margin, logits
-        self.smooths = options.label_smoothing > 0 or eps is not None
-        self.present = torch.isfinite(bias.detach()) if self.smooths and bias is not None else None
-        # How many classes label smoothing gives something to.
-        self.reached = self.classes if self.present is None else self.present.sum().double()
-        self.nothing: Tensor | None = None
-        labels = [target.long()] if second is None else [target.long(), second.long()]
-        share = torch.ones((), dtype=torch.float64, device=logits.device)
-        shares = [share] if lam is None else [lam.to(logits.device).double(), 1.0 - lam.to(logits.device).double()]
-        known = [self._of(label, share, row_weight) for label, share in zip(labels, shares, strict=True)]
-        places = [part.places(label, options.ignore_index) for label in labels]
-        if len(labels) == 2:  # the same class twice is one label
-            same = (labels[0] == labels[1]) & (labels[0] != options.ignore_index)
-            known[0][COEFFICIENT] += torch.where(same, known[1][COEFFICIENT], 0.0)
-            known[1][COEFFICIENT] = torch.where(same, 0.0, known[1][COEFFICIENT])
-            places[1] = torch.where(same, -1, places[1])
-        self.of, self.places = torch.stack(known), torch.stack(places)
+    @classmethod
+    def of(
+        cls,
+        tensors: tuple[Tensor | None, ...],
+        options: RowCrossEntropyOptions,
+        part: Part,
+        own: Callable[[Tensor | None], Tensor | None],
+        ranks: Ranks | None,
+    ) -> _Smoothing:
+        logits, _, _, _, weight, _, bias, _, eps, *_ = tensors
+        assert logits is not None
+        if not (options.label_smoothing > 0 or eps is not None):
+            return cls(None, torch.zeros((), dtype=torch.float64, device=logits.device), part.classes)
+        present = None if bias is None else torch.isfinite(bias.detach())
+        if weight is None:
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            weight = torch.ones((), dtype=dtype, device=logits.device).expand(part.classes)
+        table = weight if present is None else torch.where(present, weight, 0.0)
+        here = own(table)
+        assert here is not None
+        if part.sample is None or ranks is None:
+            return cls(
+                here, table.sum(dtype=torch.float64), part.classes if present is None else present.sum().double()
+            )
+        # Only each process knows which of its classes are in the sample.
+        count = torch.ones_like(here) if present is None else present[part.own]
+        sums = torch.stack((count.sum(dtype=torch.float64), here.sum(dtype=torch.float64)))
+        reached, total = OfAllRanks.apply(sums, ranks)  # type: ignore[no-untyped-call]
+        return cls(here, total, reached.detach())
 
-    def smoothing(self, own: Tensor | slice) -> tuple[Tensor | None, Tensor]:
-        """What smoothing gives the classes of this process, and to all classes together."""
-        nothing = torch.zeros((), dtype=torch.float64, device=self.logits.device)
-        if not self.smooths:
-            return None, nothing
-        table = self.weight
-        if table is None:
-            dtype = torch.promote_types(self.logits.dtype, torch.float32)
-            table = torch.ones((), dtype=dtype, device=self.logits.device).expand(self.classes)
-        if self.present is not None:
-            table = torch.where(self.present, table, 0.0)
-        return table[own].contiguous(), table.sum(dtype=torch.float64)
 
-    def _of(self, label: Tensor, share: Tensor, row_weight: Tensor | None) -> Tensor:
-        options = self.options
+class _Known(NamedTuple):
+    """What all processes know of the rows' labels, or of their probabilities."""
+
+    places: Tensor
+    """``(L, N)``, of this process."""
+    margins: Tensor
+    """``(L, N)``."""
+    of_labels: Tensor
+    """``(L, PER_LABEL, N)``; L is 1 for probabilities, of which there are no places and margins."""
+    nothing: Tensor | None
+    """0-d, whether a mean is of nothing; None where that is 0."""
+
+
+def _of_labels(
+    tensors: tuple[Tensor | None, ...], options: RowCrossEntropyOptions, part: Part, smoothing: _Smoothing
+) -> _Known:
+    logits, target, second, lam, weight, _, _, margin, table_eps, row_weight, *_ = tensors
+    assert logits is not None and target is not None
+    labels = [target.long()] if second is None else [target.long(), second.long()]
+    share = torch.ones((), dtype=torch.float64, device=logits.device)
+    shares = [share] if lam is None else [lam.to(logits.device).double(), 1.0 - lam.to(logits.device).double()]
+    places = [part.places(label, options.ignore_index) for label in labels]
+    coefficients: list[Tensor] = []
+    nothing: Tensor | None = None
+    of_labels, margins = [], []
+    for label, of_share in zip(labels, shares, strict=True):
         valid = label != options.ignore_index
-        outside = valid & ((label < 0) | (label >= self.classes))
+        outside = valid & ((label < 0) | (label >= part.classes))
         at = torch.where(valid & ~outside, label, 0)
-        found = torch.zeros(PER_LABEL, len(label), dtype=torch.float64, device=label.device)
-        coefficient = share.expand(label.shape)
-        coefficient = coefficient if row_weight is None else coefficient * row_weight
-        if options.reduction in MEANS:
-            inverse = inverse_denominator(self.logits, label, self.weight, row_weight, options)
-            if not options.empty_zero:
-                empty = torch.isinf(inverse)
-                self.nothing = empty if self.nothing is None else self.nothing | empty
-                inverse = torch.where(empty, 0.0, inverse)
-            coefficient = coefficient * inverse
+        coefficient, empty = _coefficient(of_share, label, tensors, options)
+        nothing = empty if nothing is None else nothing if empty is None else nothing | empty
         # Out of range is an error on the CPU, and known by now; on a GPU it makes the row's loss NaN.
-        found[COEFFICIENT] = torch.where(outside, torch.nan, torch.where(valid, coefficient, 0.0))
-        found[WEIGHT] = 1.0 if self.weight is None else self.weight[at].double()
-        eps = torch.full_like(found[WEIGHT], options.label_smoothing)
-        if self.table_eps is not None:
-            eps = self.table_eps[at].double()
+        coefficients.append(torch.where(outside, torch.nan, torch.where(valid, coefficient, 0.0)))
+        weights = torch.ones_like(coefficients[-1]) if weight is None else weight[at].double()
+        eps = torch.full_like(weights, options.label_smoothing) if table_eps is None else table_eps[at].double()
         if options.off_target:  # q_y = 1 - eps is (1 - e) + e / K for e = eps K / (K - 1)
-            rest = torch.as_tensor(self.reached, device=label.device, dtype=torch.float64) - 1
-            eps = torch.where(rest > 0, eps * self.reached / rest.clamp_min(1), 0.0)
-        found[HARD] = (1.0 - eps) * found[WEIGHT]
-        found[SOFT] = eps / self.reached
-        if self.margin is not None:
-            found[MARGIN] = self.margin.to(label.device).expand(self.classes)[at].double()
-        return found
+            rest = torch.as_tensor(smoothing.reached, device=label.device, dtype=torch.float64) - 1
+            eps = torch.where(rest > 0, eps * smoothing.reached / rest.clamp_min(1), 0.0)
+        of_labels.append(((1.0 - eps) * weights, eps / smoothing.reached, weights))
+        table = None if margin is None else margin.to(label.device).expand(part.classes)
+        margins.append(torch.zeros_like(weights) if table is None else table[at].double())
+    if len(labels) == 2:  # the same class twice is one label
+        same = (labels[0] == labels[1]) & (labels[0] != options.ignore_index)
+        first, other = coefficients
+        coefficients = [first + torch.where(same, other, 0.0), torch.where(same, 0.0, other)]
+        places[1] = torch.where(same, -1, places[1])
+    known = []
+    for coefficient, (hard, soft, weights) in zip(coefficients, of_labels, strict=True):
+        of: dict[int, Tensor] = {COEFFICIENT: coefficient, HARD: hard, SOFT: soft, WEIGHT: weights}
+        known.append(torch.stack([of[place] for place in range(PER_LABEL)]))
+    return _Known(torch.stack(places), torch.stack(margins), torch.stack(known), nothing)
+
+
+def _of_soft_target(
+    tensors: tuple[Tensor | None, ...], options: RowCrossEntropyOptions, smoothing: _Smoothing
+) -> _Known:
+    target = tensors[1]
+    assert target is not None
+    share = torch.ones(len(target), dtype=torch.float64, device=target.device)
+    coefficient, nothing = _coefficient(share, target, tensors, options)
+    eps = options.label_smoothing
+    of: dict[int, Tensor] = {
+        COEFFICIENT: coefficient, HARD: share * (1.0 - eps), SOFT: share * eps / smoothing.reached, WEIGHT: share,
+    }  # fmt: skip
+    places = torch.empty(0, len(target), dtype=torch.int64, device=target.device)
+    known = torch.stack([of[place] for place in range(PER_LABEL)])
+    return _Known(places, share.new_empty(0, len(target)), known[None], nothing)
+
+
+def _coefficient(
+    share: Tensor, target: Tensor, tensors: tuple[Tensor | None, ...], options: RowCrossEntropyOptions
+) -> tuple[Tensor, Tensor | None]:
+    """The rows' shares of the result, and whether they are of nothing, where that is not 0."""
+    logits, weight, row_weight = tensors[0], tensors[4], tensors[9]
+    assert logits is not None
+    share = share.expand(len(target))
+    share = share if row_weight is None else share * row_weight
+    if options.reduction not in MEANS:
+        return share, None
+    inverse = inverse_denominator(logits, target, weight, row_weight, options)
+    if options.empty_zero:
+        return share * inverse, None
+    empty = torch.isinf(inverse)
+    return share * torch.where(empty, 0.0, inverse), empty
 
 
 def _element_size(products: LinearOptions, input: Tensor) -> int:

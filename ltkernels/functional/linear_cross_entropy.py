@@ -125,12 +125,14 @@ def linear_cross_entropy(
         group: processes among which the classes are divided, a :class:`torch.distributed.ProcessGroup` or a
             :class:`~torch.distributed.device_mesh.DeviceMesh` of one dimension. ``linear_weight`` ``(c, D)`` and
             ``linear_bias`` ``(c,)`` are then this process's rows of the classifier, in the order of ranks; c may differ
-            and be 0. All else is what one process would be given: labels in ``[0, C)``, class tables ``(C,)``. None is
-            this process alone, or the mesh of a ``linear_weight`` that is a DTensor with ``Shard(0)``. Not with
-            ``row_gate``, probabilities, or a ``weight`` or margins that require a gradient.
+            and be 0. All else is what one process would be given: labels in ``[0, C)``, class tables ``(C,)``,
+            probabilities of all classes. None is this process alone, or the mesh of a ``linear_weight`` that is a
+            DTensor with ``Shard(0)``. With ``row_gate`` or probabilities a chunk's logits go through PyTorch's own
+            functions and not through kernels.
         batch: with a group, ``"replicated"``: all processes give the same rows; or ``"gathered"``: each gives its own,
-            of any number, and the loss is the one of all. The gradient of ``input`` is then the loss's times the number
-            of processes, because DDP and FSDP divide by it; the classifier's is whole and not to be averaged. On a GPU
+            of any number, and the loss is the one of all. The gradients of ``input`` and of other values of rows are
+            then the loss's times the number of processes, because DDP and FSDP divide by it; those of the classifier
+            and of class tables are whole and not to be averaged. On a GPU
             each such call waits for the device, to learn how many rows there are; in a compiled graph they are fixed.
         sample: the classes that count; labels only, all of them in the sample.
         correction: whether a sample is corrected for what it leaves out; not with ``row_gate``.
@@ -167,7 +169,7 @@ def linear_cross_entropy(
 
     def others() -> dict[str, Any]:
         return {
-            "weight": weight, "ignore_index": -100 if ignore_index is None else ignore_index,
+            "weight": weight, "ignore_index": ignore_index,
             "reduction": reduction, "label_smoothing": label_smoothing, "scale": scale,
             "class_scale": class_scale, "class_bias": class_bias, "class_margin": class_margin,
             "margin_type": margin_type, "focal_gamma": focal_gamma, "focal_pt": focal_pt,
@@ -207,7 +209,7 @@ def linear_cross_entropy(
     if labels and linear_weight.shape[0] > class_parallel.FEW_CLASSES and row_gate is None:
         feature_norm = head.of_rows("feature_norm", feature_norm)
         rows = others()
-        if size := class_parallel.block_size(head, products, rows):
+        if size := class_parallel.block_size(head, products):
             return class_parallel.by_blocks(head, target, products, rows, size)
     if (
         isinstance(target, tuple)

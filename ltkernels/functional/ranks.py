@@ -48,8 +48,9 @@ def digest_of(tensor: Tensor) -> int:
     """The same for the elements of a tensor on the CPU; 0 for others, which only a device can read."""
     if not tensor.is_cpu or torch.compiler.is_compiling():
         return 0
-    value = tensor.detach().double() if tensor.is_floating_point() else tensor.contiguous()  # NumPy has no bfloat16
-    return zlib.crc32(value.numpy().tobytes())
+    value = tensor.detach().contiguous()
+    array = value.float().numpy() if value.dtype is torch.bfloat16 else value.numpy()  # NumPy has no bfloat16
+    return zlib.crc32(array.data)
 
 
 class Ranks:
@@ -216,26 +217,26 @@ class Replicated(torch.autograd.Function):
 
 
 class Gathered(torch.autograd.Function):
-    """The rows of all processes. The gradient of this one's is the sum over the processes, times their number.
+    """The rows of all processes. The gradient of this one's is that of its own rows, times the number of processes.
 
     That number because ``DistributedDataParallel`` and FSDP divide by it: their mean of the gradients of all backbones
-    is then the gradient of the one loss.
+    is then the gradient of the one loss. It is ``summed`` over the processes where each finds a part of it.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks, counts: tuple[int, ...]) -> Tensor:
-        ctx.ranks, ctx.counts = ranks, counts
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, counts: tuple[int, ...], summed: bool) -> Tensor:
+        ctx.ranks, ctx.counts, ctx.summed = ranks, counts, summed
         return ranks.gathered(rows, counts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        ranks, counts = ctx.ranks, ctx.counts
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        ranks, counts, summed = ctx.ranks, ctx.counts, ctx.summed
 
         def own(whole: Tensor) -> Tensor:
-            mine: Tensor = own_rows(ranks.summed(whole), ranks, counts) * ranks.size
+            mine: Tensor = own_rows(ranks.summed(whole) if summed else whole, ranks, counts) * ranks.size
             return mine
 
-        return last_gradient(own, grad), None, None
+        return last_gradient(own, grad), None, None, None
 
 
 def own_rows(rows: Tensor, ranks: Ranks, counts: Sequence[int]) -> Tensor:
@@ -259,10 +260,13 @@ class OwnRows(torch.autograd.Function):
 
 
 class OwnClasses(torch.autograd.Function):
-    """This process's part of a class table that all have. The gradient is of the whole table, on every process."""
+    """This process's part of a class table that all have. The gradient is of the whole table, on every process.
+
+    ``own`` is an index of the table: its classes, or all rows and its classes.
+    """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ranks: Ranks, own: Tensor | slice) -> Tensor:
+    def forward(ctx: Any, table: Tensor, ranks: Ranks, own: Any) -> Tensor:
         ctx.ranks, ctx.own, ctx.shape = ranks, own, table.shape
         return table[own].clone()
 
@@ -277,3 +281,15 @@ class OwnClasses(torch.autograd.Function):
             return total
 
         return last_gradient(summed, grad), None, None
+
+
+class OfAllRanks(torch.autograd.Function):
+    """The sum over the processes of what each knows. What is made of it is the same on all, as its gradient is."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.summed(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return last_gradient(torch.clone, grad), None

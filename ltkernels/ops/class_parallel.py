@@ -8,7 +8,8 @@ are.
 
 What the op returns for the features is this process's part of their gradient, ``G W`` over its own classes; the sum
 over the processes is the caller's, as are gathering rows and dividing tables (``functional/class_parallel.py``). Here
-are only class tables of this process's classes, and numbers of the rows' labels.
+are only class tables of this process's classes, and numbers of the rows' labels. Everything but the labels' places has
+a gradient: of what concerns this process's classes its part, of what all processes know (``ROWS``) the whole.
 
 As in ``linear_cross_entropy.py`` the forward of a reduced loss computes the gradients at once. The state has the merged
 numbers, so that a backward which makes the logits again has no message to exchange.
@@ -18,30 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ltkernels import backends
+from ltkernels.ops import class_shards, class_shards_plain, entries
 from ltkernels.ops import cross_entropy as _cross_entropy
-from ltkernels.ops import entries
 from ltkernels.ops.chunked_linear import Chunk, Classifier, Needed
-from ltkernels.ops.class_shards import (
-    ABSENT,
-    LABELS,
-    MARGIN,
-    MAX,
-    OTHERS,
-    SMOOTH,
-    Shard,
-    _label_logits,
-    differentiated,
-    finish,
-    gradient_,
-    merged,
-    numbers,
-)
+from ltkernels.ops.class_shards import LABELS, MAX, PartGradients, Shard, differentiated, finish, merged
 from ltkernels.ops.linear_cross_entropy import MEANS, PRODUCTS, _Gradients
 from ltkernels.ops.options import ClassParallelOptions, ProductType, Reduction
 from ltkernels.ops.table import Op, Tensors
@@ -50,18 +38,13 @@ from ltkernels.reference import linear_cross_entropy as reference
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-TENSORS = (
-    "input",
-    "linear_weight",
-    "linear_bias?",
-    "class_scale?",
-    "class_bias?",
-    "smooth?",
-    "places",
-    "of_labels",
-    "smooth_total",
-    "feature_norm?",
-)
+HEAD = ("input", "linear_weight", "linear_bias")
+PART = PartGradients._fields
+ROWS = ("of_labels", "smooth_total", "feature_norm")
+VARIABLES = (*HEAD, *PART, *ROWS)
+_GIVEN = ("input", "linear_weight", "margins", "of_labels", "smooth_total")
+TENSORS = (*(name if name in _GIVEN else f"{name}?" for name in VARIABLES), "places")
+_OF_CLASSES = ("class_scale", "class_bias", "smooth", "class_weight")
 
 
 def gathered(found: Tensor, group: ProcessGroup) -> Tensor:
@@ -84,9 +67,10 @@ def class_parallel_cross_entropy(tensors: Sequence[Tensor | None], options: Clas
     """The loss of this process's part of a classifier.
 
     Args:
-        tensors: by ``TENSORS``: features ``(N, D)``; class vectors ``(c, D)``, biases ``(c,)`` and class tables
-            ``(c,)`` of this process, whose c may be 0; and of the rows ``places (L, N)``, ``of_labels (L, PER_LABEL,
-            N)``, ``smooth_total`` and ``feature_norm (N,)``, as ``class_shards.py`` has them.
+        tensors: by ``TENSORS``: features ``(N, D)``; class vectors ``(c, D)``, biases ``(c,)``, class tables ``(c,)``
+            and probabilities ``(N, c)`` of this process, whose c may be 0; and of the rows ``margins (L, N)``,
+            ``row_gate (N,)``, ``of_labels (L, PER_LABEL, N)``, ``smooth_total``, ``feature_norm (N,)`` and
+            ``places (L, N)``, as ``class_shards.py`` has them.
         options: the scalars.
 
     Returns:
@@ -99,35 +83,39 @@ class _Call:
     """One call by one backend."""
 
     def __init__(self, row: backends.Implementation, tensors: Tensors, options: Any, need: Sequence[bool]) -> None:
-        input, weight, bias, scale, class_bias, smooth, places, of_labels, smooth_total, norm = tensors
-        assert input is not None and weight is not None and places is not None
+        self.options, self.variables, self.need = options, tensors[: len(VARIABLES)], need
+        of = dict(zip((*VARIABLES, "places"), tensors, strict=True))
+        input, weight, margins, places = of["input"], of["linear_weight"], of["margins"], of["places"]
+        of_labels, smooth_total = of["of_labels"], of["smooth_total"]
+        assert input is not None and weight is not None and margins is not None and places is not None
         assert of_labels is not None and smooth_total is not None
-        self.row, self.options, self.variables = row, options, tensors[:5]
-        self.shard, self.of_labels = Shard(places, scale, class_bias, smooth), of_labels
-        self.smooth_total, self.norm = smooth_total.double(), norm
+        self.shard = Shard(places, **{name: of[name] for name in Shard._fields[1:]})
+        self.margins, self.of_labels, self.smooth_total = margins, of_labels, smooth_total.double()
+        self.norm = None if of["feature_norm"] is None else of["feature_norm"].double()
         dtype = PRODUCTS.get(ProductType(options.products), input.dtype)
         # Gradients of a mean of thousands of rows would be subnormal in half types: linear_cross_entropy.py.
         half = min(dtype.itemsize, input.element_size()) < 4 and options.reduction in MEANS
         self.factor = 1.0 / max(1, len(input)) if half else 1.0
-        self.need, self.need_tables = Needed(*need[:3]), (need[3], need[4])
-        self.head = input, weight, bias, dtype
+        self.head = input, weight, of["linear_bias"], dtype
         self.loss = input.new_empty(len(input), dtype=torch.float64)
+        if self.shard.plain:
+            self.numbers, self.gradient_ = class_shards_plain.numbers, class_shards_plain.gradient_
+        else:
+            self.numbers, self.gradient_ = partial(class_shards.numbers, row), partial(class_shards.gradient_, row)
 
     def losses(self, state: Tensor) -> None:
         """Computes the row losses, and the merged numbers into ``state``."""
         if self.options.class_block:
-            norm = None if self.norm is None else self.norm.double()
             self._find_by_blocks(state)
-            self.loss = finish(state, self.of_labels, self.smooth_total, norm, self.options)
-            return
-        classifier = self._classifier(slice(None), Needed())
-        for chunk in classifier.chunks(self.options.chunk_rows):
-            margins = self.of_labels[:, MARGIN, chunk.rows]
-            found = numbers(self.row, chunk.logits, self.shard.of_rows(chunk.rows), margins, self.options)
-            state[:, chunk.rows] = all_numbers = merged(exchanged(found, self.options.group))
-            of = self.of_labels[..., chunk.rows]
-            norm = None if self.norm is None else self.norm[chunk.rows].double()
-            self.loss[chunk.rows] = finish(all_numbers, of, self.smooth_total, norm, self.options)
+        else:
+            for chunk in self._classifier(slice(None), Needed()).chunks(self.options.chunk_rows):
+                self._find(state, chunk)
+        self.loss = finish(state, self.of_labels, self.smooth_total, self.norm, self.options)
+
+    def _find(self, state: Tensor, chunk: Chunk) -> None:
+        shard, margins = self.shard.of_rows(chunk.rows), self.margins[:, chunk.rows]
+        found = self.numbers(chunk.logits, shard, margins, self.options)
+        state[:, chunk.rows] = merged(exchanged(found, self.options.group), self.options.soft_target)
 
     def gradients(self, state: Tensor, upstream: Tensor, known: bool) -> _Gradients:
         """Computes the row losses and the gradients for ``upstream``: one, or one a row.
@@ -136,31 +124,37 @@ class _Call:
         """
         if self.options.class_block:
             return self._gradients_by_blocks(state, upstream, known)
-        classifier = self._classifier(slice(None), self.need)
-        tables = self._new_tables(classifier.sums)
+        need = Needed(*self.need[: len(HEAD)])
+        classifier = self._classifier(slice(None), need)
+        found = self._zeros(classifier.sums)
         for chunk in classifier.chunks(self.options.chunk_rows):
-            of, shard = self.of_labels[..., chunk.rows], self.shard.of_rows(chunk.rows)
-            norm = None if self.norm is None else self.norm[chunk.rows].double()
+            rows = chunk.rows
             if not known:
-                found = numbers(self.row, chunk.logits, shard, of[:, MARGIN], self.options)
-                state[:, chunk.rows] = merged(exchanged(found, self.options.group))
-            all_numbers = state[:, chunk.rows]
-            of_rows = upstream if upstream.dim() == 0 else upstream[chunk.rows]
-            self.loss[chunk.rows], derivative = differentiated(
-                all_numbers, of_rows, of, self.smooth_total, norm, self.options
-            )
-            parts = gradient_(
-                self.row, derivative, all_numbers[MAX], chunk.logits, shard, of[:, MARGIN], self.options,
-                self.need_tables,
+                self._find(state, chunk)
+            of_rows = upstream if upstream.dim() == 0 else upstream[rows]
+            norm = None if self.norm is None else self.norm[rows]
+            self.loss[rows], of = differentiated(
+                state[:, rows], of_rows, self.of_labels[..., rows], self.smooth_total, norm, self.options,
+                self.need[-len(ROWS) :],
             )  # fmt: skip
-            if any(self.need):
+            parts = self.gradient_(
+                of.numbers, state[MAX, rows], chunk.logits, self.shard.of_rows(rows), self.margins[:, rows],
+                self.options, self._need_of_part,
+            )  # fmt: skip
+            if any(need):
                 classifier.add(chunk, chunk.logits)
-            for total, part in zip(tables, parts, strict=True):
-                if total is not None and part is not None:
+            for name, part in (parts._asdict() | of._asdict()).items():
+                if (total := found.get(name)) is not None and part is not None:
+                    total = total[rows] if name == "probabilities" else total
+                    total = total[..., rows] if name in ("margins", "row_gate", "of_labels", "feature_norm") else total
                     total += part
         classifier.finish()
-        of_linear = classifier.d_input, classifier.d_weight, classifier.d_bias
-        return _Gradients([*of_linear, *tables], self.variables, self.factor)
+        found |= {"input": classifier.d_input, "linear_weight": classifier.d_weight, "linear_bias": classifier.d_bias}
+        return self._all(found)
+
+    @property
+    def _need_of_part(self) -> Sequence[bool]:
+        return self.need[len(HEAD) : len(HEAD) + len(PART)]
 
     def _classifier(self, classes: slice, need: Needed) -> Classifier:
         """Some of this process's classes."""
@@ -168,12 +162,19 @@ class _Call:
         bias = None if bias is None else bias[classes]
         return Classifier(input, weight[classes], bias, dtype, need, self.options.normalize)
 
-    def _new_tables(self, dtype: torch.dtype) -> list[Tensor | None]:
-        _, weight, *_ = self.head
-        return [
-            torch.zeros(len(weight), dtype=dtype, device=weight.device) if wanted else None
-            for wanted in self.need_tables
-        ]
+    def _zeros(self, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """Where the gradients of ``PART`` and ``ROWS`` are added up."""
+        values = zip(VARIABLES, self.variables, self.need, strict=True)
+        return {
+            name: torch.zeros_like(
+                value, dtype=torch.promote_types(dtype, value.dtype), memory_format=torch.contiguous_format
+            )
+            for name, value, wanted in values
+            if wanted and value is not None and name not in HEAD
+        }
+
+    def _all(self, found: dict[str, Tensor | None]) -> _Gradients:
+        return _Gradients([found.get(name) for name in VARIABLES], self.variables, self.factor)
 
     # --- Few rows of very many classes: all rows, a block of classes at a time, twice ---
 
@@ -187,7 +188,7 @@ class _Call:
             block = slice(start, end)
             # What is no class is said to be behind the last one.
             inside = (shard.places >= start) & ((shard.places < end) | (shard.places == count) & (end == count))
-            tables = (None if table is None else table[block] for table in shard[1:])
+            tables = (None if t is None else t[block] for t in (shard.class_scale, shard.class_bias, shard.smooth))
             classifier = self._classifier(block, need)
             if scratch is None:  # the first block is the largest
                 scratch = classifier.products.new_empty(len(input) * len(classifier.products))
@@ -195,49 +196,62 @@ class _Call:
             yield block, classifier, Shard(torch.where(inside, shard.places - start, -1), *tables), chunk
 
     def _find_by_blocks(self, state: Tensor) -> None:
-        margins = self.of_labels[:, MARGIN]
         found = [
-            numbers(self.row, chunk.logits, shard, margins, self.options)
+            self.numbers(chunk.logits, shard, self.margins, self.options)
             for _, _, shard, chunk in self._blocks(Needed())
         ]
         if not found:  # a process without classes
             nothing = self.loss.new_empty(len(self.loss), 0, dtype=torch.float32)
-            found = [numbers(self.row, nothing, self.shard, margins, self.options)]
+            found = [self.numbers(nothing, self.shard, self.margins, self.options)]
         state.copy_(merged(exchanged(merged(torch.stack(found)), self.options.group)))
 
     def _gradients_by_blocks(self, state: Tensor, upstream: Tensor, known: bool) -> _Gradients:
         if not known:
             self._find_by_blocks(state)
-        norm = None if self.norm is None else self.norm.double()
-        self.loss, derivative = differentiated(state, upstream, self.of_labels, self.smooth_total, norm, self.options)
-        input, weight, bias, dtype = self.head
+        need = Needed(*self.need[: len(HEAD)])
+        self.loss, of = differentiated(
+            state, upstream, self.of_labels, self.smooth_total, self.norm, self.options, self.need[-len(ROWS) :]
+        )
+        input, weight, _, dtype = self.head
         sums = torch.promote_types(torch.promote_types(dtype, input.dtype), torch.float32)
-        d_input = torch.zeros_like(input, dtype=sums) if self.need.input else None
-        d_weight = torch.empty_like(weight, dtype=sums) if self.need.weight else None
-        d_bias = torch.empty(len(weight), dtype=sums, device=input.device) if self.need.bias else None
-        tables = self._new_tables(sums)
-        for block, classifier, shard, chunk in self._blocks(self.need._replace(weight=False)):
+        found = self._zeros(sums) | of._asdict()
+        d_input = torch.zeros_like(input, dtype=sums) if need.input else None
+        d_weight = torch.empty_like(weight, dtype=sums) if need.weight else None
+        d_bias = torch.empty(len(weight), dtype=sums, device=input.device) if need.bias else None
+        for block, classifier, shard, chunk in self._blocks(need._replace(weight=False)):
             classifier.d_weight = None if d_weight is None else d_weight[block]
-            parts = gradient_(
-                self.row, derivative, state[MAX], chunk.logits, shard, self.of_labels[:, MARGIN], self.options,
-                self.need_tables,
-            )  # fmt: skip
-            if any(self.need):
+            parts = self.gradient_(
+                of.numbers, state[MAX], chunk.logits, shard, self.margins, self.options, self._need_of_part
+            )
+            if any(need):
                 classifier.add(chunk, chunk.logits)
             classifier.finish()
             if d_input is not None:
                 assert classifier.d_input is not None
                 d_input += classifier.d_input
-            for total, part in zip((d_bias, *tables), (classifier.d_bias, *parts), strict=True):
-                if total is not None and part is not None:
-                    total[block] = part
-        return _Gradients([d_input, d_weight, d_bias, *tables], self.variables, self.factor)
+            for name, part in parts._asdict().items():
+                if (total := found.get(name)) is not None and part is not None:
+                    total = total[block] if name in _OF_CLASSES else total
+                    total += part
+            if d_bias is not None:
+                assert classifier.d_bias is not None
+                d_bias[block] = classifier.d_bias
+        return self._all(found | {"input": d_input, "linear_weight": d_weight, "linear_bias": d_bias})
 
 
-def _merged_state(state: Tensor, tensors: Tensors) -> Tensor:
-    input, of_labels = tensors[0], tensors[TENSORS.index("of_labels")]
-    assert input is not None and of_labels is not None
-    return state[:-1].view(LABELS + 2 * len(of_labels), len(input))
+def _count(tensors: Tensors, options: Any) -> int:
+    """How many numbers a row has."""
+    return LABELS + (4 if options.soft_target else 2 * len(_given(tensors, "of_labels")))
+
+
+def _given(tensors: Tensors, name: str) -> Tensor:
+    found = tensors[VARIABLES.index(name)]
+    assert found is not None
+    return found
+
+
+def _merged_state(state: Tensor, tensors: Tensors, options: Any) -> Tensor:
+    return state[:-1].view(_count(tensors, options), len(_given(tensors, "input")))
 
 
 def _forward(row: backends.Implementation) -> Callable[..., tuple[Tensor, Tensor, _Gradients | None]]:
@@ -245,8 +259,8 @@ def _forward(row: backends.Implementation) -> Callable[..., tuple[Tensor, Tensor
         tensors, options, need = args[: len(TENSORS)], ClassParallelOptions(*args[len(TENSORS) : -1]), args[-1]
         state = _new_state(tensors, options)
         state[-1:] = 1.0
-        call = _Call(row, tensors, options, need or (False,) * 5)
-        known, gradients = _merged_state(state, tensors), None
+        call = _Call(row, tensors, options, need or (False,) * len(VARIABLES))
+        known, gradients = _merged_state(state, tensors, options), None
         if need:
             upstream = torch.full((), 1.0 / call.factor, dtype=torch.float64, device=state.device)
             gradients = call.gradients(known, upstream, False)
@@ -267,29 +281,25 @@ def _backward(row: backends.Implementation) -> Callable[..., tuple[Tensor, ...]]
             upstream, grad = grad.double(), torch.ones((), device=grad.device)
         else:
             upstream = torch.full((), 1.0 / call.factor, dtype=torch.float64, device=grad.device)
-        found = call.gradients(_merged_state(state, tensors), upstream, True).times(grad)
+        found = call.gradients(_merged_state(state, tensors, options), upstream, True).times(grad)
         return tuple(state.new_empty(0) if d is None else d for d in found)
 
     return backward
 
 
 def _sum_type(tensors: Tensors) -> torch.dtype:
-    input = tensors[0]
-    assert input is not None
-    return torch.promote_types(input.dtype, torch.float32)
+    return torch.promote_types(_given(tensors, "input").dtype, torch.float32)
 
 
 def _new_output(tensors: Tensors, options: Any) -> Tensor:
-    input = tensors[0]
-    assert input is not None
+    input = _given(tensors, "input")
     return input.new_empty(len(input) if options.reduction == Reduction.NONE else (), dtype=_sum_type(tensors))
 
 
 def _new_state(tensors: Tensors, options: Any) -> Tensor:
     """The merged numbers, and one that says that they are."""
-    input, of_labels = tensors[0], tensors[TENSORS.index("of_labels")]
-    assert input is not None and of_labels is not None
-    return input.new_empty((LABELS + 2 * len(of_labels)) * len(input) + 1, dtype=torch.float64)
+    input = _given(tensors, "input")
+    return input.new_empty(_count(tensors, options) * len(input) + 1, dtype=torch.float64)
 
 
 # --- The definition ---
@@ -333,9 +343,10 @@ def _reference(*arguments: Any) -> Tensor:
     *tensors, options = arguments
     if options.group and torch._C._are_functorch_transforms_active():  # so entries.py differentiates kernels' results
         raise RuntimeError(_TWICE)
-    input, weight, bias, scale, class_bias, smooth, places, of_labels, smooth_total, norm = tensors
-    logits = reference.linear(input, weight, bias, options.normalize)
-    own = _plain_numbers(logits, Shard(places, scale, class_bias, smooth), of_labels[:, MARGIN], options)
+    of = dict(zip((*VARIABLES, "places"), tensors, strict=True))
+    logits = reference.linear(of["input"], of["linear_weight"], of["linear_bias"], options.normalize)
+    shard = Shard(of["places"], **{name: of[name] for name in Shard._fields[1:]})
+    own = class_shards_plain.numbers(logits, shard, of["margins"], options)
     if options.group:
         own = _Once.apply(own)
         together = exchanged(own.detach(), options.group)
@@ -343,46 +354,17 @@ def _reference(*arguments: Any) -> Tensor:
         together = torch.stack([own if rank == mine else part for rank, part in enumerate(together)])
     else:
         together = own[None]
-    loss = finish(merged(together), of_labels, smooth_total.double(), None if norm is None else norm.double(), options)
+    norm = None if of["feature_norm"] is None else of["feature_norm"].double()
+    all_numbers = merged(together, options.soft_target)
+    loss = finish(all_numbers, of["of_labels"], of["smooth_total"].double(), norm, options)
     return (loss if options.reduction == Reduction.NONE else loss.sum()).to(_sum_type(tensors))
-
-
-def _plain_numbers(logits: Tensor, shard: Shard, margins: Tensor, options: Any) -> Tensor:
-    """What :func:`ltkernels.ops.class_shards.numbers` finds, in plain PyTorch."""
-    rows, count = logits.shape
-    nothing = logits.new_full((rows,), -torch.inf)
-    found = [nothing] * (LABELS + 2 * len(margins))
-    found[MAX], found[OTHERS] = torch.full_like(nothing, ABSENT), torch.zeros_like(nothing)
-    if count == 0:
-        found[SMOOTH] = logits.sum(dim=1)  # of nothing, but differentiable
-        return torch.stack(found)
-    u = logits if shard.class_scale is None else logits * shard.class_scale.to(logits.dtype)
-    bias = None if shard.class_bias is None else shard.class_bias.to(logits.dtype)
-    u = options.scale * (u if bias is None else u + bias)
-    found[SMOOTH] = torch.zeros_like(nothing)
-    if shard.smooth is not None:
-        found[SMOOTH] = (torch.where(shard.smooth == 0, 0.0, u) * shard.smooth).sum(dim=1)
-    masked = u
-    for k, place in enumerate(shard.places):
-        here = (place >= 0) & (place < count)
-        at = torch.where(here, place, 0)
-        scale = None if shard.class_scale is None else shard.class_scale.to(logits.dtype)[at]
-        x = logits.gather(1, at[:, None])[:, 0]
-        both = _label_logits(x, scale, None if bias is None else bias[at], margins[k].to(logits.dtype), options)
-        for place_of, value in enumerate(both):
-            found[LABELS + 2 * k + place_of] = torch.where(here, value, -torch.inf)
-        label = torch.zeros_like(masked, dtype=torch.bool).scatter_(1, at[:, None], here[:, None])
-        masked = masked.masked_fill(label, -torch.inf)
-    found[MAX] = masked.detach().amax(dim=1).clamp_min(ABSENT)
-    found[OTHERS] = (masked - found[MAX][:, None]).exp().sum(dim=1)
-    return torch.stack(found)
 
 
 def _op() -> Op:
     op = Op(
         "class_parallel_cross_entropy",
         TENSORS,
-        (0, 1, 2, 3, 4),
+        tuple(range(len(VARIABLES))),
         ClassParallelOptions,
         _reference,
         lambda tensors, options: None,  # values are the caller's, who knows all classes

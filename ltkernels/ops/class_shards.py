@@ -3,15 +3,18 @@
 What a row needs of some of its classes is a few numbers, which :func:`numbers` finds; those of all classes follow from
 those of the parts (:func:`merged`), whoever holds them. :func:`finish` makes the row's loss of them, in plain PyTorch,
 whose autograd differentiates it: vectors of a number a row. :func:`gradient_` makes of that the gradient of the logits
-of any part. What visits logits are the kernels of ``cross_entropy``, on every backend.
+of any part. What visits logits are the kernels of ``cross_entropy``, on every backend; for row gates and probabilities,
+which they cannot have apart from a whole row, it is PyTorch (``class_shards_plain.py``).
 
 With u the adjusted logits without margins, and ``m`` near their maximum, a row's numbers are ``m``, the sum of
 ``e^(u_j - m)`` over the classes that are no label of the row, ``sum_j ws_j u_j`` for label smoothing and, for each of
-its labels (one, or two with mixup), ``u_y`` without and with the margin.
+its labels (one, or two with mixup), ``u_y`` without and with the margin. For probabilities t they are, in place of the
+labels', ``sum_j w_j t_j (u_j - m)`` and ``sum_j w_j t_j``, and both without the class weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +28,13 @@ from ltkernels.reference.row_cross_entropy import arc_cosine
 
 MAX, OTHERS, SMOOTH, LABELS = range(4)
 """The rows of what :func:`numbers` returns; from ``LABELS`` on two for each label, without and with its margin."""
-COEFFICIENT, HARD, MARGIN, SOFT, WEIGHT = range(5)
+WEIGHTED, WEIGHTED_MASS, RAW, RAW_MASS = range(LABELS, LABELS + 4)
+"""The rows from ``LABELS`` on for probabilities."""
+COEFFICIENT, HARD, SOFT, WEIGHT = range(4)
 """What is known of a row's label: its share of the result, 0 where it is ignored; its weight in the loss beside what
-smoothing takes; its margin; what smoothing gives a class of weight 1; its class weight."""
-PER_LABEL = 5
+smoothing takes (of probabilities without the class weights); what smoothing gives a class of weight 1; its class
+weight."""
+PER_LABEL = 4
 ABSENT = -1e20
 """In place of a bias of -inf: e to it is 0, and a part may have no other classes."""
 _TINY = 1e-30
@@ -41,17 +47,30 @@ class Shard(NamedTuple):
 
     places: Tensor
     """``(L, N)`` int64: the places of each row's L labels among these classes; -1 where a label is elsewhere or the row
-    is ignored; their number where the label is no class at all. Two labels of a row are different classes."""
+    is ignored; their number where the label is no class at all. Two labels of a row are different classes. L is 0 for
+    probabilities."""
     class_scale: Tensor | None = None
     """``(c,)``."""
     class_bias: Tensor | None = None
     """``(c,)``."""
     smooth: Tensor | None = None
     """``(c,)``: what label smoothing gives each class: its weight, or 0 where its bias is -inf. None without."""
+    row_gate: Tensor | None = None
+    """``(N,)``."""
+    probabilities: Tensor | None = None
+    """``(N, c)``: those of these classes."""
+    class_weight: Tensor | None = None
+    """``(c,)``, for probabilities."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a part that the kernels cannot serve."""
+        return self.row_gate is not None or self.probabilities is not None
 
     def of_rows(self, rows: slice) -> Shard:
         """The same for some of the rows."""
-        return self._replace(places=self.places[:, rows])
+        gate, probabilities = (None if value is None else value[rows] for value in (self.row_gate, self.probabilities))
+        return self._replace(places=self.places[:, rows], row_gate=gate, probabilities=probabilities)
 
     def tables(self, logits: Tensor, s: float) -> tuple[Tensor | None, Tensor | None]:
         """Scales and biases as the kernels take them here, with the scale of all classes in them.
@@ -116,10 +135,10 @@ class _Labels:
         return None if table is None else table[self.at]
 
 
-def _label_logits(
+def label_logits(
     x: Tensor, scale: Tensor | None, bias: Tensor | None, margin: Tensor, options: Any
 ) -> tuple[Tensor, Tensor]:
-    """``u_y`` without and with the margin."""
+    """``u_y`` of a logit ``x`` without and with the margin."""
 
     def adjusted(value: Tensor) -> Tensor:
         value = value if scale is None else scale * value
@@ -165,32 +184,39 @@ def numbers(row: backends.Implementation, logits: Tensor, shard: Shard, margins:
     found[MAX] = torch.where(alone, ABSENT, state[:, 0])
     found[OTHERS] = torch.where(alone, 0.0, state[:, 1].reciprocal())  # 1 / sum is the factor of a plain row
     x = own.to(dtype)
-    both = _label_logits(x, labels.of(shard.class_scale), labels.of(shard.class_bias), margins.to(dtype), options)
+    both = label_logits(x, labels.of(shard.class_scale), labels.of(shard.class_bias), margins.to(dtype), options)
     for k, values in enumerate(zip(*both, strict=True)):
         for place, value in enumerate(values):
             found[LABELS + 2 * k + place] = torch.where(labels.here[k], value, -torch.inf)
     return found
 
 
-def merged(parts: Tensor) -> Tensor:
-    """The numbers ``(3 + 2 L, N)`` of all classes, float64, from those of disjoint parts of them, ``(parts, ...)``."""
+def merged(parts: Tensor, probabilities: bool = False) -> Tensor:
+    """The numbers of all classes, float64, from those of disjoint parts of them, ``(parts, ...)``."""
     parts = parts.double()
-    labels = parts[:, LABELS:].amax(dim=0)
-    # To which e^(u_y - m) is finite too; a constant, as it is for what is made of the numbers.
-    top = torch.maximum(parts[:, MAX].amax(dim=0), labels[::2].amax(dim=0)).detach()
+    most = parts[:, MAX].amax(dim=0)
+    if probabilities:
+        top = most.detach()
+        shift = parts[:, MAX] - top
+        of_target = []
+        for values, mass in ((WEIGHTED, WEIGHTED_MASS), (RAW, RAW_MASS)):
+            moved = parts[:, values] + parts[:, mass] * torch.where(parts[:, mass] == 0, 0.0, shift)
+            of_target += [moved.sum(dim=0), parts[:, mass].sum(dim=0)]
+        target = torch.stack(of_target)
+    else:
+        target = parts[:, LABELS:].amax(dim=0)
+        # To which e^(u_y - m) is finite too; a constant, as it is for what is made of the numbers.
+        top = torch.maximum(most, target[::2].amax(dim=0)).detach()
     others = (parts[:, OTHERS] * (parts[:, MAX] - top).exp()).sum(dim=0)
-    return torch.cat((torch.stack((top, others, parts[:, SMOOTH].sum(dim=0))), labels))
+    return torch.cat((torch.stack((top, others, parts[:, SMOOTH].sum(dim=0))), target))
 
 
 def finish(all_numbers: Tensor, of_labels: Tensor, smooth_total: Tensor, norm: Tensor | None, options: Any) -> Tensor:
     """The losses of rows from their numbers over all classes: plain PyTorch, to be differentiated by it.
 
-    With ``A`` the log-sum-exp of the classes that are not the label, the loss ``-log p_y`` is ``softplus(A - u_y)``,
-    which loses no digits however small it is, nor does its derivative.
-
     Args:
-        all_numbers: ``(3 + 2 L, N)``, float64, merged.
-        of_labels: ``(L, PER_LABEL, N)``, float64.
+        all_numbers: float64, merged.
+        of_labels: ``(L, PER_LABEL, N)``, float64; L is 1 for probabilities.
         smooth_total: the sum of ``Shard.smooth`` over all classes, 0-d.
         norm: ``(N,)`` L1 norms of the rows' features, for the influence-balanced loss.
         options: the scalars of ``ClassParallelOptions``.
@@ -198,58 +224,121 @@ def finish(all_numbers: Tensor, of_labels: Tensor, smooth_total: Tensor, norm: T
     Returns:
         ``(N,)``, float64, each times its coefficient.
     """
-    m, others, smooth = all_numbers[MAX].detach(), all_numbers[OTHERS], all_numbers[SMOOTH]
-    total = torch.zeros_like(m)
+    if options.soft_target:
+        return _masked_product(
+            of_labels[0, COEFFICIENT], _of_probabilities(all_numbers, of_labels[0], smooth_total, options)
+        )
+    total = torch.zeros_like(all_numbers[MAX])
     for k, of in enumerate(of_labels):
-        # A label that has no share is anywhere: infinite losses have no derivative that 0 times it were 0.
-        counted = of[COEFFICIENT] != 0
-        plain, own = (torch.where(counted, all_numbers[LABELS + 2 * k + place], 0.0) for place in (0, 1))
-        rest = others
-        if len(of_labels) == 2:
-            rest = rest + (all_numbers[LABELS + 2 * (1 - k)] - m).exp()
-        nobody = rest <= 0
-        log_rest = torch.where(nobody, -torch.inf, m + torch.where(nobody, 1.0, rest).log())
-        nll = _softplus(log_rest - own)
-        lse = torch.where(nobody, own, log_rest + _softplus(own - log_rest))
-        ce = _masked_product(of[HARD], nll)
-        if options.smoothing:
-            ce = ce - of[SOFT] * (smooth + of[WEIGHT] * (own - plain) - smooth_total * lse)
-        factor = None
-        if options.focal_gamma > 0:
-            factor = _focal_factor(ce if options.focal_weighted else nll, options.focal_gamma)
-        if norm is not None:
-            impossible = torch.isposinf(nll)  # p_y is 0 and stays it
-            others_p = torch.where(impossible, 1.0, -torch.expm1(-torch.where(impossible, 1.0, nll)))
-            influence = options.influence_alpha / (2.0 * norm * others_p + options.influence_eps)
-            factor = influence if factor is None else factor * influence
-        if factor is not None:
-            ce = _masked_product(factor.detach() if options.focal_detached else factor, ce)
-        if options.z_loss > 0:
-            ce = ce + options.z_loss * lse.square()
-        total = total + of[COEFFICIENT] * ce
+        total = total + _masked_product(
+            of[COEFFICIENT], _of_label(all_numbers, k, of_labels, smooth_total, norm, options)
+        )
     return total
+
+
+def _of_label(
+    all_numbers: Tensor, k: int, of_labels: Tensor, smooth_total: Tensor, norm: Tensor | None, options: Any
+) -> Tensor:
+    """The row losses of one label, without its coefficient.
+
+    With ``A`` the log-sum-exp of the classes that are not the label, the loss ``-log p_y`` is ``softplus(A - u_y)``,
+    which loses no digits however small it is, nor does its derivative.
+    """
+    m, rest, of, at = all_numbers[MAX].detach(), all_numbers[OTHERS], of_labels[k], LABELS + 2 * k
+    # A label that is nowhere, of an ignored row: infinite losses have no derivative that 0 times it were 0.
+    counted = (of[COEFFICIENT] != 0) | (all_numbers[at] > -torch.inf)
+    plain, own = (torch.where(counted, all_numbers[at + place], 0.0) for place in (0, 1))
+    if len(of_labels) == 2:
+        rest = rest + (all_numbers[LABELS + 2 * (1 - k)] - m).exp()
+    nobody = rest <= 0
+    log_rest = torch.where(nobody, -torch.inf, m + torch.where(nobody, 1.0, rest).log())
+    nll = _softplus(log_rest - own)
+    lse = torch.where(nobody, own, log_rest + _softplus(own - log_rest))
+    ce = _masked_product(of[HARD], nll)
+    if options.smoothing:
+        ce = ce - of[SOFT] * (all_numbers[SMOOTH] + of[WEIGHT] * (own - plain) - smooth_total * lse)
+    return _modulated(ce, nll, lse, norm, options)
+
+
+def _of_probabilities(all_numbers: Tensor, of: Tensor, smooth_total: Tensor, options: Any) -> Tensor:
+    """The row losses of probabilities, without their coefficient."""
+    m, log_sum = all_numbers[MAX].detach(), all_numbers[OTHERS].log()
+    weighted, nll = (all_numbers[at + 1] * log_sum - all_numbers[at] for at in (WEIGHTED, RAW))
+    lse = m + log_sum
+    ce = _masked_product(of[HARD], weighted)
+    if options.smoothing:
+        ce = ce - of[SOFT] * (all_numbers[SMOOTH] - smooth_total * lse)
+    return _modulated(ce, nll, lse, None, options)
+
+
+def _modulated(ce: Tensor, nll: Tensor, lse: Tensor, norm: Tensor | None, options: Any) -> Tensor:
+    """The cross-entropies with the factors of focal and influence-balanced loss, and with the z-loss."""
+    factor = None
+    if options.focal_gamma > 0:
+        factor = _focal_factor(ce if options.focal_weighted else nll, options.focal_gamma)
+    if norm is not None:
+        impossible = torch.isposinf(nll)  # p_y is 0 and stays it
+        others_p = torch.where(impossible, 1.0, -torch.expm1(-torch.where(impossible, 1.0, nll)))
+        influence = options.influence_alpha / (2.0 * norm * others_p + options.influence_eps)
+        factor = influence if factor is None else factor * influence
+    if factor is not None:
+        ce = _masked_product(factor.detach() if options.focal_detached else factor, ce)
+    return ce + options.z_loss * lse.square() if options.z_loss > 0 else ce
 
 
 def _softplus(x: Tensor) -> Tensor:
     return torch.nn.functional.softplus(x, threshold=500.0)  # e to more is no float64
 
 
+class RowGradients(NamedTuple):
+    """Of what :func:`finish` is given; None where not wanted."""
+
+    numbers: Tensor
+    of_labels: Tensor | None
+    smooth_total: Tensor | None
+    feature_norm: Tensor | None
+
+
 def differentiated(
-    all_numbers: Tensor, upstream: Tensor, of_labels: Tensor, smooth_total: Tensor, norm: Tensor | None, options: Any
-) -> tuple[Tensor, Tensor]:
-    """:func:`finish`, and the derivative of its results, times ``upstream``, with respect to the numbers."""
+    all_numbers: Tensor,
+    upstream: Tensor,
+    of_labels: Tensor,
+    smooth_total: Tensor,
+    norm: Tensor | None,
+    options: Any,
+    need: Sequence[bool] = (False, False, False),
+) -> tuple[Tensor, RowGradients]:
+    """:func:`finish`, and the gradients of its results times ``upstream``; ``need`` says which beside the numbers'."""
     with torch.enable_grad(), _autograd_in_a_kernel():
-        variables = all_numbers.detach().requires_grad_()
-        loss = finish(variables, of_labels, smooth_total, norm, options)
-        (derivative,) = torch.autograd.grad(loss, variables, upstream.double().expand_as(loss))
-    return loss.detach(), torch.where(of_labels[:, COEFFICIENT].ne(0).any(dim=0), derivative, 0.0)
+        numbers = all_numbers.detach().requires_grad_()
+        labels, total = of_labels.detach().requires_grad_(need[0]), smooth_total.detach().requires_grad_(need[1])
+        norm = None if norm is None else norm.detach().requires_grad_(need[2])
+        others = (labels, total, norm)
+        wanted = [value for value in others if value is not None and value.requires_grad]
+        loss = finish(numbers, labels, total, norm, options)
+        upstream = upstream.double().expand_as(loss)
+        derivative, *found = torch.autograd.grad(loss, [numbers, *wanted], upstream, materialize_grads=True)
+    gradients = iter(found)
+    return loss.detach(), RowGradients(
+        torch.where(of_labels[:, COEFFICIENT].ne(0).any(dim=0), derivative, 0.0),
+        *(next(gradients) if value is not None and value.requires_grad else None for value in others),
+    )
 
 
-class TableGradients(NamedTuple):
-    """Of the class tables of a part; None where not wanted."""
+class PartGradients(NamedTuple):
+    """Of what is known of a part beside its logits; None where not wanted."""
 
-    class_scale: Tensor | None
-    class_bias: Tensor | None
+    class_scale: Tensor | None = None
+    class_bias: Tensor | None = None
+    smooth: Tensor | None = None
+    margins: Tensor | None = None
+    """``(L, N)``, where the label is here, else 0."""
+    row_gate: Tensor | None = None
+    probabilities: Tensor | None = None
+    class_weight: Tensor | None = None
+
+
+NO_GRADIENTS = (False,) * len(PartGradients._fields)
 
 
 def gradient_(
@@ -260,27 +349,29 @@ def gradient_(
     shard: Shard,
     margins: Tensor,
     options: Any,
-    need: tuple[bool, bool] = (False, False),
-) -> TableGradients:
+    need: Sequence[bool] = NO_GRADIENTS,
+) -> PartGradients:
     """Writes the gradient of the rows' losses over the logits of a part.
 
     Args:
         row, logits, shard, margins, options: as of :func:`numbers`; ``logits`` holds the gradient when this returns.
-        derivative: ``(3 + 2 L, N)``, of :func:`differentiated`.
+        derivative: of the numbers, by :func:`differentiated`.
         top: ``(N,)``, the ``MAX`` of all classes.
-        need: whether the gradients of ``class_scale`` and ``class_bias`` are wanted.
+        need: which gradients are wanted, in the order of :class:`PartGradients`.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    need_scale, need_bias, need_smooth, need_margins, *_ = need
     if logits.shape[1] == 0:
         nothing = logits.new_zeros(0, dtype=dtype)
-        return TableGradients(nothing if need[0] else None, nothing if need[1] else None)
+        scale, bias, d_smooth = (nothing if wanted else None for wanted in need[:3])
+        return PartGradients(scale, bias, d_smooth, torch.zeros_like(margins, dtype=dtype) if need_margins else None)
     labels, s = _Labels(shard, logits), options.scale
     scale, bias = shard.tables(logits, s)
     derivative = derivative.to(dtype)
     taken = derivative[SMOOTH]
-    of_smoothing = None
-    if shard.smooth is not None and need[0]:
-        of_smoothing = torch.mv(logits.t(), taken.to(logits.dtype)).to(dtype) * (s * shard.smooth)
+    of_columns = None
+    if shard.smooth is not None and (need_scale or need_smooth):
+        of_columns = torch.mv(logits.t(), taken.to(logits.dtype)).to(dtype)
     own = labels.taken()
 
     # The kernels write a number of the row at its label. Where that is not here it is what any class has there.
@@ -294,38 +385,45 @@ def gradient_(
     rows[:, 3] = derivative[OTHERS] * (u - top).exp()
     one = torch.ones((), dtype=dtype, device=logits.device)
     _, d_scale, d_bias = row.backward(
-        one, state, logits, labels.asked, None, scale, bias, None, None, *_PLAIN, True, *need, True
+        one, state, logits, labels.asked, None, scale, bias, None, None, *_PLAIN, True, need_scale, need_bias, True
     )
-    d_scale, d_bias = s * d_scale, s * d_bias
+    d_scale, d_bias, d_smooth = s * d_scale, s * d_bias, None
     if shard.smooth is not None:
         slope = shard.smooth if scale is None else shard.smooth * scale
         logits.addr_(taken.to(logits.dtype), slope.to(logits.dtype))
-        if need[1]:
+        if need_bias:
             d_bias = d_bias + taken.sum() * (s * shard.smooth)
-        if of_smoothing is not None:
-            d_scale = d_scale + of_smoothing
-    d_x, d_a, d_b = _at_labels(own.to(dtype), labels, margins.to(dtype), derivative[LABELS:], options)
+        if of_columns is not None:
+            d_scale = d_scale + of_columns * (s * shard.smooth) if need_scale else d_scale
+            d_smooth = s * (of_columns if shard.class_scale is None else of_columns * shard.class_scale)
+            if shard.class_bias is not None:
+                present = torch.isfinite(shard.class_bias)
+                d_smooth = torch.where(present, d_smooth + taken.sum() * s * shard.class_bias, 0.0)
+    d_x, d_a, d_b, d_margins = _at_labels(own.to(dtype), labels, margins.to(dtype), derivative[LABELS:], options)
     now = torch.stack([logits.gather(1, at[:, None])[:, 0] for at in labels.at])
     labels.put(now.to(dtype) + d_x)
-    if need[0]:
+    if need_scale:
         d_scale = d_scale.index_put_((labels.at,), torch.where(labels.here, d_a, 0.0), accumulate=True)
-    if need[1]:
+    if need_bias:
         d_bias = d_bias.index_put_((labels.at,), torch.where(labels.here, d_b, 0.0), accumulate=True)
-    return TableGradients(d_scale if need[0] else None, d_bias if need[1] else None)
+    return PartGradients(
+        d_scale if need_scale else None,
+        d_bias if need_bias else None,
+        d_smooth if need_smooth else None,
+        d_margins if need_margins else None,
+    )
 
 
-def _at_labels(
-    x: Tensor, labels: _Labels, margins: Tensor, derivative: Tensor, options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients at the labels, ``(L, N)``, with respect to logit, scale and bias of the class."""
+def _at_labels(x: Tensor, labels: _Labels, margins: Tensor, derivative: Tensor, options: Any) -> tuple[Tensor, ...]:
+    """The gradients at the labels, ``(L, N)``, with respect to logit, scale and bias of the class, and margin."""
     scale, bias = labels.of(labels.shard.class_scale), labels.of(labels.shard.class_bias)
     with torch.enable_grad(), _autograd_in_a_kernel():
         variables = [
-            x.detach().requires_grad_(),
+            torch.where(labels.here, x, 0.0).detach().requires_grad_(),  # elsewhere it may be the other label's -inf
             (torch.ones_like(x) if scale is None else scale).detach().requires_grad_(),
             (torch.zeros_like(x) if bias is None else bias).detach().requires_grad_(),
+            margins.detach().requires_grad_(),
         ]
-        plain, own = _label_logits(variables[0], variables[1], variables[2], margins, options)
+        plain, own = label_logits(variables[0], variables[1], variables[2], variables[3], options)
         upstream = [torch.where(labels.here, d, 0.0) for d in (derivative[::2], derivative[1::2])]
-        d_x, d_a, d_b = torch.autograd.grad((plain, own), variables, upstream)
-    return d_x, d_a, d_b
+        return torch.autograd.grad((plain, own), variables, upstream, materialize_grads=True)

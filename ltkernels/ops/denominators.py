@@ -25,8 +25,8 @@ def inverse_denominator(
     total = denominator(
         target, logits.shape[1], weight, sample_weight, options.ignore_index, options.reduction == Reduction.MEAN_WEIGHT
     )
-    inverse = total.reciprocal()
-    return torch.where(total == 0, 0.0, inverse) if options.empty_zero else inverse
+    nothing = total == 0
+    return torch.where(nothing, 0.0 if options.empty_zero else torch.inf, torch.where(nothing, 1.0, total).reciprocal())
 
 
 def denominator(

@@ -221,6 +221,8 @@ class ClassParallelOptions(NamedTuple):
     influence_eps: float = 1e-3
     z_loss: float = 0.0
     smoothing: bool = False
+    soft_target: bool = False
+    """Whether targets are probabilities, of a row as of one label."""
     normalize: bool = False
     products: int = ProductType.INPUT
     chunk_rows: int = 1
