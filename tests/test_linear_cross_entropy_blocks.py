@@ -36,9 +36,8 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def can(call: Call) -> bool:
     soft = not isinstance(call.target, tuple) and call.target.is_floating_point()
-    fixed = {"weight", "class_margin", "label_smoothing", "sample_weight", "feature_norm"} & set(call.learnable)
     gated = call.arguments.get("row_gate") is not None
-    return call.weight.dim() == 2 and not (soft or fixed or gated)
+    return call.weight.dim() == 2 and not (soft or gated)
 
 
 @each_call
@@ -59,6 +58,32 @@ def test_every_call(name: str, reduction: str, blocks: list[int]) -> None:
     for value, second, wanted in zip(found, again, torch.autograd.grad(exact, variables, upstream), strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-11)
         assert torch.equal(value, second), "the logits are made again"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("two", [False, True])
+def test_what_else_learns(reduction: str, two: bool, blocks: list[int]) -> None:
+    """Weights, margins, smoothing by class and weights of rows, whose gradients are kernels' here."""
+    torch.manual_seed(0)
+    names = ("x", "w", "weight", "class_margin", "label_smoothing", "class_bias", "sample_weight")
+    sizes = ((9, 6), (CLASSES, 6), *[(CLASSES,)] * 4, (9,))
+    values = [torch.rand(*size, dtype=torch.float64).requires_grad_() for size in sizes]
+    y = torch.randint(CLASSES, (9,))
+    target = (y, y.flip(0), 0.3) if two else y
+    x, w = values[:2]
+    tables = dict(zip(names[2:], values[2:], strict=True)) | {"reduction": reduction, "focal_gamma": 1.5}
+    losses = [
+        linear_cross_entropy(x, w, target, **tables),
+        ltk.functional.cross_entropy(torch.nn.functional.linear(x, w), target, **tables),  # type: ignore[arg-type]
+    ]
+    assert blocks == [BLOCK]
+    torch.testing.assert_close(*losses, rtol=1e-11, atol=1e-12)
+    upstream = torch.rand_like(losses[0])
+    gradients = [torch.autograd.grad(loss, values, upstream) for loss in losses]
+    for name, found, expected in zip(names, *gradients, strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
