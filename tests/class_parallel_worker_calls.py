@@ -67,7 +67,7 @@ def messages() -> Iterator[list[tuple[str, int]]]:
             ("broadcast", 0), ("reduce_scatter_single", 1), ("reduce_scatter_tensor", 1), ("all_to_all_single", 1),
         ):  # fmt: skip
             if hasattr(dist, name):
-                kind = "all_gather" if "all_gather" in name else name
+                kind = next((kind for kind in ("all_gather", "reduce_scatter") if kind in name), name)
                 patch.setattr(dist, name, noted(kind, getattr(dist, name), place))
         yield sent
 
@@ -107,9 +107,12 @@ def count_messages() -> None:
     most = -(-N // dist.get_world_size())
     x_ = x[rows].clone().requires_grad_()
     with messages() as sent:
-        linear_cross_entropy(x_, w_, y[rows], group=dist.group.WORLD, batch="gathered")
+        loss = linear_cross_entropy(x_, w_, y[rows], group=dist.group.WORLD, batch="gathered")
     own_rows = [("all_gather", most * D * 4), ("all_gather", most * 8)]
     assert sent == [header, *own_rows, ("all_gather", N * numbers[0] * 4)], sent
+    with messages() as sent:
+        loss.backward()
+    assert sent == [("reduce_scatter", most * dist.get_world_size() * D * 4)], sent
 
 
 # --- Wrong calls ---

@@ -131,6 +131,21 @@ class Ranks:
             return together.flatten(0, 1)
         return torch.cat([part[:count] for part, count in zip(together, counts, strict=True)])
 
+    def own_sum(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """This process's of the rows of all, summed over the processes; of half types in float32."""
+        from torch import distributed as dist
+
+        most, mine = max(counts), counts[self.rank]
+        parts = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+        if min(counts) < most:
+            padding = [parts.new_zeros(most - count, *parts.shape[1:]) for count in counts]
+            parts = torch.cat([part for pair in zip(parts.split(list(counts)), padding, strict=True) for part in pair])
+        own = parts.new_empty(most, *parts.shape[1:])
+        # Its name from torch 2.13 on, as of all_gather_single.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(own, parts, group=self.group)
+        return own[:mine].to(rows.dtype)
+
     def summed(self, value: Tensor) -> Tensor:
         """The sum over the processes, the same bits on all; of half types in float32."""
         from torch import distributed as dist
@@ -233,8 +248,9 @@ class Gathered(torch.autograd.Function):
         ranks, counts, summed = ctx.ranks, ctx.counts, ctx.summed
 
         def own(whole: Tensor) -> Tensor:
-            mine: Tensor = own_rows(ranks.summed(whole) if summed else whole, ranks, counts) * ranks.size
-            return mine
+            mine = ranks.own_sum(whole, counts) if summed else own_rows(whole, ranks, counts)
+            scaled: Tensor = mine * ranks.size
+            return scaled
 
         return last_gradient(own, grad), None, None, None
 

@@ -92,8 +92,9 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            name = "all_gather" if "gather" in func.__name__ else func.__name__.split(".")[0].strip("_")
-            name = "all_reduce" if name == "allreduce" else name
+            name = func.__name__.split(".")[0].strip("_")
+            for kind in ("all_gather", "reduce_scatter"):
+                name = kind if kind in name or kind.replace("_", "") in name else name
             self.calls[name] += 1
             self.bytes[name] += _bytes(args[0])
         return func(*args, **(kwargs or {}))
@@ -103,10 +104,11 @@ def expected_traffic(rows: int, features: int, ranks: int) -> dict[str, int]:
     """Bytes of the results of a step's collective operations, of float32 features that each process has a part of.
 
     Gathered are all features, all labels (int64) and of each process five numbers of each row (float32) and a header of
-    six integers; summed are the gradients of all features. The number of classes is not among it.
+    six integers; summed and scattered are the gradients of all features, of which a process keeps its part. The number
+    of classes is not among it.
     """
     gathered = 4 * rows * features + 8 * rows + ranks * (5 * 4 * rows + 6 * 8)
-    return {"all_gather": gathered, "all_reduce": 4 * rows * features}
+    return {"all_gather": gathered, "reduce_scatter": 4 * rows * features // ranks}
 
 
 def _bytes(results: Any) -> int:
