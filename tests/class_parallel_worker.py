@@ -112,7 +112,7 @@ class Problem:
         torch.manual_seed(11)
         x, w, b = torch.randn(ROWS, FEATURES), torch.randn(CLASSES, FEATURES), torch.randn(CLASSES)
         y, other = torch.randint(CLASSES - 2, (ROWS,)), torch.randint(CLASSES - 2, (ROWS,))
-        y[3], other[7], other[5] = IGNORED, IGNORED, y[5]
+        y[3], other[7], other[5], y[9], other[9] = IGNORED, IGNORED, y[5], IGNORED, IGNORED
         absent = torch.randn(CLASSES)
         absent[-2:] = -torch.inf
         tables = {

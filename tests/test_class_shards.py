@@ -288,6 +288,7 @@ def test_a_part_of_labels_alone_and_one_of_nothing(form: Form) -> None:
 def test_labels_of_a_part() -> None:
     y = torch.tensor([0, 4, 5, 8, 9, IGNORED, -1, 17, 2**40])
     assert local_places(y, 5, 4, 17, IGNORED).tolist() == [-1, -1, 0, 3, -1, -1, 4, 4, 4]
+    assert local_places(y, 5, 4, 17, 8).tolist() == [-1, -1, 0, -1, -1, 4, 4, 4, 4]
     assert local_places(y, 5, 0, 17, IGNORED).tolist() == [-1, -1, -1, -1, -1, -1, 0, 0, 0]
 
 

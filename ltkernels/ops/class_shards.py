@@ -90,9 +90,9 @@ class Shard(NamedTuple):
 
 def local_places(label: Tensor, first: int, count: int, classes: int, ignore_index: int) -> Tensor:
     """Int64 labels in ``[0, classes)`` as :class:`Shard` has them, for the classes ``[first, first + count)``."""
-    inside = (label >= 0) & (label < classes)
-    here = (label >= first) & (label < first + count)
-    nowhere = ~inside & (label != ignore_index)
+    valid = label != ignore_index
+    here = valid & (label >= first) & (label < first + count)
+    nowhere = valid & ((label < 0) | (label >= classes))
     return torch.where(here, label - first, torch.where(nowhere, count, -1))
 
 
