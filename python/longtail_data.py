@@ -18,6 +18,7 @@ more by the same rule.
 from __future__ import annotations
 
 import io
+import sys
 import sysconfig
 import tokenize
 import zlib
@@ -241,7 +242,7 @@ def _import(package: str) -> ModuleType:
     except ImportError as error:
         raise MissingPackageError(
             f"this data comes inside the package {PIP_NAMES[package]}, which is not installed ({error}); "
-            f"run: pip install {PIP_NAMES[package]}"
+            f"run: {sys.executable} -m pip install {PIP_NAMES[package]}"
         ) from error
 
 

@@ -105,6 +105,7 @@ def print_tables(console: Console, summary: dict[str, Any]) -> None:
     time = _table(
         f"Loss, forward and backward, in ms: medians, one thread, {summary['backend']} backend",
         ("N x C", "ltkernels", "plain PyTorch", "ratio", "whole step", "loss is"),
+        caption="Plain PyTorch: as published code has it. Loss is: its share of the step.\n",
     )
     for method in methods:
         if timing := method["time"]:
@@ -124,7 +125,13 @@ def print_tables(console: Console, summary: dict[str, Any]) -> None:
 def accuracy_table(methods: Iterable[dict[str, Any]], evaluated_on: str, seeds: int) -> Table:
     """A row for each method, which has a title and its accuracy as of ``over_seeds``; the best of a column is bold."""
     spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so no spread"
-    table = _table(f"Accuracy in % on the {evaluated_on}: {spread}", METRICS.values())
+    table = _table(
+        f"Accuracy in % on the {evaluated_on}: {spread}",
+        METRICS.values(),
+        caption=f"Balanced: the mean over all classes. Many-shot, medium, few-shot: over classes with more than "
+        f"{MANY_SHOT_ABOVE}, {FEW_SHOT_BELOW} to {MANY_SHOT_ABOVE}, fewer than {FEW_SHOT_BELOW} training samples. "
+        "Prior weighted: over all, weighted by their training samples; what to expect where rare classes stay rare.\n",
+    )
     methods = list(methods)
     best = {metric: max(_percent(method, metric) for method in methods) for metric in METRICS}
     for method in methods:
@@ -132,11 +139,14 @@ def accuracy_table(methods: Iterable[dict[str, Any]], evaluated_on: str, seeds: 
     return table
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
+def _table(title: str, columns: Iterable[str], caption: str | None = None) -> Table:
     table = Table(
         title=title,
         title_justify="left",
         title_style="bold",
+        caption=caption,
+        caption_justify="left",
+        caption_style="",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,

@@ -121,7 +121,8 @@ def train_and_report(args: argparse.Namespace, tasks: list[Task]) -> None:
     report.draw_plot(args.out / "accuracy.png", summary)
     report.print_tables(console, summary)
     console.print(
-        f"{len(tasks)} runs in {summary['seconds']:.0f} s; {args.out / 'accuracy.png'}, {args.out / 'results.json'}",
+        f"{len(tasks)} {'run' if len(tasks) == 1 else 'runs'} in {summary['seconds']:.0f} s; "
+        f"{args.out / 'accuracy.png'}, {args.out / 'results.json'}",
         highlight=False,
         soft_wrap=True,
     )
