@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import skip_first_batches
-from test_integration_accelerate import BATCH, epoch_batches, positions, prepared
+from test_integration_accelerate import SHARED, epoch_batches, positions, prepared
 
 
 def main(folder: Path) -> None:
@@ -17,13 +17,16 @@ def main(folder: Path) -> None:
     report: dict[str, Any] = {}
     loader = prepared()
     report["in turn"] = [positions(epoch_batches(loader, epoch)) for epoch in range(2)]
+    loader = prepared()
+    report["by itself"] = [positions(loader) for _ in range(2)]
     report["resumed"] = positions(epoch_batches(prepared(), 1, 2))
     resumed = skip_first_batches(prepared(), 2)
     resumed.set_epoch(1)
     report["resumed without"] = positions(resumed)
-    for how, dispatch in (("split", False), ("dispatched", True)):
-        loader = prepared(batch=2 * BATCH, split_batches=True, dispatch_batches=dispatch)
+    for how, (batch, options) in SHARED.items():
+        loader = prepared(batch=batch, **options)
         report[how] = [positions(epoch_batches(loader, epoch)) for epoch in range(2)]
+        report[f"{how}, resumed"] = positions(epoch_batches(prepared(batch=batch, **options), 1, 2))
     (folder / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from test_integration_huggingface import COUNTS, Model, hf_loss_func, trainer
+from test_integration_huggingface import COUNTS, WEIGHT, Model, hf_loss_func, trainer
 
 import ltkernels as ltk
 
@@ -19,14 +21,20 @@ def vector(model: Model) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    model = Model()
-    before = vector(model)
+def work(folder: Path) -> dict[str, Any]:
     loss = hf_loss_func(ltk.losses.LogitAdjustedLoss(COUNTS))
-    run = trainer(folder / "step", loss, model, gradient_accumulation_steps=2, max_steps=1)
-    run.train()
-    report = {"step": (before - vector(model)).tolist(), "drawn": model.trained}
+    weighted = hf_loss_func(ltk.losses.LogitAdjustedLoss(COUNTS, weight=WEIGHT))
+
+    def step(loss: Any, **options: Any) -> tuple[list[float], list[list[int]]]:
+        model = Model()
+        before = vector(model)
+        trainer(folder / "step", loss, model, gradient_accumulation_steps=2, max_steps=1, **options).train()
+        return (before - vector(model)).tolist(), model.trained
+
+    report: dict[str, Any] = {}
+    report["step"], report["drawn"] = step(loss)
+    report["weighted step"], _ = step(weighted)
+    report["step by own labels"], _ = step(weighted, average_tokens_across_devices=False)
 
     class StopAt(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **rest) -> None:
@@ -42,7 +50,14 @@ def main(folder: Path) -> None:
         resume_from_checkpoint=str(folder / f"run/checkpoint-{STOP}")
     )
     report |= {"whole": whole.trained, "resumed": second.trained, "stop": STOP}
-    (folder / f"rank{run.args.process_index}.json").write_text(json.dumps(report))
+    return report
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    report = work(folder)
+    (folder / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(report))
+    gc.collect()  # a DistributedDataParallel in the cycles of a Trainer that goes after its process group can hang
     torch.distributed.destroy_process_group()
 
 

@@ -13,6 +13,7 @@ from test_integration_lightning import (
     BATCH,
     LABELS,
     LongTailCallback,
+    LongTailSampler,
     Module,
     Positions,
     every_step,
@@ -74,6 +75,8 @@ def main(folder: Path) -> None:
 
     report["error of the same samples"] = error_of(plain, use_distributed_sampler=False)
     report["error of a batch sampler"] = error_of(in_batches)
+    repeated = LongTailSampler(LABELS, "repeat_factor", threshold=0.5)
+    report["error of different lengths"] = error_of(lambda: DataLoader(Positions(), 4, sampler=repeated))
     made, module = fit(
         lambda: DataLoader(
             Positions(),

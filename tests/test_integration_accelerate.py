@@ -32,6 +32,14 @@ def prepared(kind: str = "sampler", workers: int = 0, batch: int = BATCH, **opti
     return accelerate.Accelerator(cpu=True, dataloader_config=configured).prepare(loader)
 
 
+# Halves of batches of 16; and those, or whole batches, that the first process hands out.
+SHARED: dict[str, tuple[int, dict[str, bool]]] = {
+    "split": (2 * BATCH, {"split_batches": True}),
+    "dispatched halves": (2 * BATCH, {"split_batches": True, "dispatch_batches": True}),
+    "dispatched": (BATCH, {"dispatch_batches": True}),
+}
+
+
 def positions(batches: Any) -> list[list[int]]:
     return [batch["position"].tolist() for batch in batches]
 
@@ -100,13 +108,28 @@ def test_sampler_and_loss_are_stored_with_the_state(tmp_path: Path) -> None:
     assert drawn + list(sampler) == [i for batch in stream(1)[0] for i in batch]
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_loader_with_a_state_of_its_own(epoch: int) -> None:
+    """Accelerate's state of it has three batches, and no epoch."""
+    pytest.importorskip("torchdata.stateful_dataloader")
+    expected, loader = stream(3), prepared(use_stateful_dataloader=True)
+    for before in range(epoch):
+        positions(epoch_batches(loader, before))
+    batches = iter(epoch_batches(loader, epoch))
+    drawn = [next(batches)["position"].tolist() for _ in range(3)]
+    resumed = prepared(use_stateful_dataloader=True)
+    resumed.load_state_dict(loader.state_dict())
+    assert drawn + positions(epoch_batches(resumed, epoch)) == expected[epoch]
+    assert positions(epoch_batches(resumed, epoch + 1)) == expected[epoch + 1]
+
+
 def test_two_processes(tmp_path: Path) -> None:
     """However Accelerate shares batches out, both together draw the single stream, and go on with it."""
     torchrun(2, ROOT / "tests/integration_worker_accelerate.py", tmp_path)
     ranks = reports(tmp_path)
-    # by batches of 8 in turn; by halves of batches of 16; by halves that the first process hands out
-    for how in ("in turn", "split", "dispatched"):
-        size = BATCH if how == "in turn" else 2 * BATCH
+    for how in ("in turn", *SHARED):
+        size = SHARED[how][0] if how in SHARED else BATCH
         for epoch, whole in enumerate(stream(2, size)):
             steps = zip(*(rank[how][epoch] for rank in ranks), strict=True)
             both = [i for step in steps for batch in step for i in batch]
@@ -114,7 +137,10 @@ def test_two_processes(tmp_path: Path) -> None:
             assert both[:full] == [i for batch in whole for i in batch][:full], how
             assert set(both[full:]) >= set([i for batch in whole for i in batch][full:]), how
     for rank in ranks:
+        assert rank["by itself"] == rank["in turn"]
         assert rank["resumed"] == rank["in turn"][1][2:]
+        for how in SHARED:
+            assert rank[f"{how}, resumed"] == rank[how][1][2:], how
         assert rank["resumed without"] == rank["in turn"][0][2:] != rank["in turn"][1][2:]
 
 

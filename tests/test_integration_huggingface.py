@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from integration_cases import CLASSES, COUNTS, LABELS, ROOT, SAMPLES, Model, Positions, gradients, reports, torchrun
+from integration_cases import (
+    CLASSES,
+    COUNTS,
+    LABELS,
+    PROGRAMS,
+    ROOT,
+    SAMPLES,
+    Model,
+    Positions,
+    gradients,
+    reports,
+    torchrun,
+)
 from torch import nn
 
 import ltkernels as ltk
@@ -95,6 +107,29 @@ def test_accumulated_gradient_is_that_of_the_whole_step(name: str, tmp_path: Pat
     features, labels = Positions().batch(drawn)
     expected = gradients(loss(whole(features)["logits"], labels), whole) / (4 * BATCH * divisor)
     torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_last_step_of_an_epoch_has_fewer_batches(tmp_path: Path) -> None:
+    """13 batches, the last of 4 samples: three steps of 32, and one of 4."""
+    steps: list[torch.Tensor] = []
+
+    class Gradients(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+            steps.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
+
+    model, loss = Model(), ltk.losses.LogitAdjustedLoss(COUNTS)
+    options = {"num_train_epochs": 1, "learning_rate": 0.0, "gradient_accumulation_steps": 4}
+    run = trainer(tmp_path, hf_loss_func(loss), model, **options)
+    run.add_callback(Gradients)
+    run.train()
+    sizes = []
+    for at, step in enumerate(steps):
+        positions = [position for batch in model.trained[4 * at : 4 * at + 4] for position in batch]
+        features, labels = Positions().batch(positions)
+        expected = gradients(loss(model(features)["logits"], labels), model)
+        torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-6)
+        sizes.append(len(positions))
+    assert sizes == [32, 32, 32, 4]
 
 
 def test_weighted_mean_of_the_training_data() -> None:
@@ -230,6 +265,14 @@ def test_wrong_samplers(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="expected a sampler of the 100 training samples, found one of 2"):
         other.train()
+    stream = LongTailTrainer(
+        Model(),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=torch.utils.data.ChainDataset([]),
+        train_sampler=ltk.samplers.LongTailSampler(LABELS),
+    )
+    with pytest.raises(ValueError, match="train_sampler: expected None beside an IterableDataset"):
+        stream.train()
 
 
 def test_without_a_sampler_it_is_the_trainers_own(tmp_path: Path) -> None:
@@ -267,6 +310,33 @@ def test_epochs_of_sampler_and_loss(workers: int, tmp_path: Path) -> None:
     assert seen == [(epoch, epoch < 2) for epoch in range(3) for _ in range(steps)]
     drawn = [position for batch in model.trained for position in batch]
     assert drawn == [position for epoch in epochs(3) for position in epoch]
+
+
+def test_an_epoch_that_a_callback_ends_early(tmp_path: Path) -> None:
+    """The state's epoch is then 0.23 when epoch 1 begins."""
+
+    class AfterThree(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            control.should_epoch_stop = state.global_step % 3 == 0
+
+    schedule = ltk.rebalance.DeferredReweighting(COUNTS, reweight_epoch=2)
+    seen: list[int] = []
+
+    class Loss(ltk.losses.CrossEntropyLoss):
+        def forward(self, *given: Any) -> torch.Tensor:
+            seen.append(int(schedule.epoch))
+            return super().forward(*given)
+
+    model = Model()
+    run = trainer(tmp_path, hf_loss_func(Loss(schedule)), model, num_train_epochs=3)
+    run.add_callback(AfterThree)
+    for _ in range(2):  # a second training begins with epoch 0
+        seen.clear()
+        model.trained.clear()
+        run.train()
+        assert seen == [0] * 3 + [1] * 3 + [2] * 3
+        drawn = [position for batch in model.trained for position in batch]
+        assert drawn == [position for epoch in epochs(3) for position in epoch[: 3 * BATCH]]
 
 
 # With workers the loader draws ahead of what is trained; starting them takes seconds.
@@ -347,6 +417,10 @@ def test_two_processes(tmp_path: Path) -> None:
     torch.testing.assert_close(
         torch.tensor(first["step"]), gradients(loss(whole(features)["logits"], labels), whole), rtol=1e-4, atol=1e-6
     )
+    rows = ltk.losses.LogitAdjustedLoss(COUNTS, weight=WEIGHT, reduction="sum")
+    expected_step = gradients(rows(whole(features)["logits"], labels), whole) / (4 * BATCH * MEAN_WEIGHT)
+    for name in ("weighted step", "step by own labels"):
+        torch.testing.assert_close(torch.tensor(first[name]), expected_step, rtol=1e-4, atol=1e-6)
     for rank in (first, second):
         assert rank["resumed"] == rank["whole"][rank["stop"] :]
     both = sorted(position for rank in (first, second) for batch in rank["whole"] for position in batch)
@@ -360,3 +434,9 @@ def test_program() -> None:
     figures = huggingface_trainer.main(["--loss", "ce", "la"])
     assert figures["la"]["balanced"] > figures["ce"]["balanced"] > 0.5
     assert figures["la"]["few"] > figures["ce"]["few"] + 0.1
+
+
+def test_program_in_two_processes() -> None:
+    """As users start it: by its path. One of the processes prints."""
+    printed = torchrun(2, PROGRAMS / "huggingface_trainer.py", "--loss", "la", "--epochs", "3")
+    assert printed.count("la, instance sampling") == 1

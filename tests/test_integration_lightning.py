@@ -87,6 +87,19 @@ def stateful(workers: int = 0) -> Any:
     return kind(Positions(), BATCH, sampler=LongTailSampler(LABELS, seed=3), num_workers=workers)
 
 
+class Rows(Positions):
+    """A data set that takes the positions of a batch."""
+
+    def __getitem__(self, index: Any) -> Any:
+        samples = [super(Rows, self).__getitem__(i) for i in index]
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def batches_as_samples(workers: int = 0) -> DataLoader[Any]:
+    sampler = LongTailBatchSampler(LongTailSampler(LABELS, seed=3), BATCH)
+    return DataLoader(Rows(), batch_size=None, sampler=sampler, num_workers=workers)
+
+
 def one_rank(workers: int = 0) -> DataLoader[Any]:
     sampler = DistributedLongTailSampler(LABELS, seed=3, num_replicas=1, rank=0)
     return DataLoader(Positions(), BATCH, sampler=sampler, num_workers=workers)
@@ -119,7 +132,7 @@ def test_a_loss_outside_the_module_and_one_sampler_for_two_loaders(tmp_path: Pat
 # (None: of the epoch's end). With workers the loader has drawn ahead of what was trained, and starting them takes long.
 STOPS = [("step", 3), ("step", 13), ("step", 17), ("epoch", 13), ("epoch", 26)]
 CASES = [
-    *((make, 0, *stop) for make in (plain, in_batches, stateful, one_rank) for stop in STOPS),
+    *((make, 0, *stop) for make in (plain, in_batches, batches_as_samples, stateful, one_rank) for stop in STOPS),
     (plain, 2, "step", 17),
     (plain, 2, "epoch", 13),
     (in_batches, 2, "step", 3),
@@ -169,6 +182,24 @@ def test_resumed_twice_and_with_the_last_batch_left_out(tmp_path: Path) -> None:
         found += module.model.trained
         checkpoint = tmp_path / f"step={stop}.ckpt"
         assert found == expected[:stop]
+
+
+@pytest.mark.parametrize("stop", [17, 20])
+def test_epochs_of_different_lengths(stop: int, tmp_path: Path) -> None:
+    """131, 140 and 134 samples, of which Lightning takes as many batches as in the first: 17. Resumed at its end and
+    within the second epoch."""
+    options: dict[str, Any] = {"strategy": "repeat_factor", "threshold": 0.5, "seed": 3}
+    sampler = LongTailSampler(LABELS, **options)
+    expected = [list(torch.utils.data.BatchSampler(sampler, BATCH, False))[:17] for _ in range(3)]
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Positions(), BATCH, sampler=LongTailSampler(LABELS, **options))
+
+    first, second = Module(loader), Module(loader)
+    ending = pl.callbacks.ModelCheckpoint(tmp_path, "end", every_n_epochs=1)
+    trainer(tmp_path, LongTailCallback(), every_step(tmp_path), ending, max_steps=stop).fit(first)
+    trainer(tmp_path, LongTailCallback()).fit(second, ckpt_path=tmp_path / f"step={stop}.ckpt")
+    assert first.model.trained + second.model.trained == list(itertools.chain(*expected))
 
 
 def test_without_the_callback_lightning_begins_the_samples_anew(tmp_path: Path) -> None:
@@ -266,6 +297,7 @@ def test_two_processes(tmp_path: Path) -> None:
         assert rank["resumed at the end"] == rank["wrapped"][13:]
         assert rank["alone"] == single[0][: 2 * BATCH]
         assert "expected a DistributedLongTailSampler in 2 processes" in rank["error of the same samples"]
+        assert "give it num_samples, or take a DistributedLongTailSampler" in rank["error of different lengths"]
         assert "give the Trainer use_distributed_sampler=False" in rank["error of a batch sampler"]
         assert "begins its epoch anew" in rank["warning within an epoch"]
     assert ranks[0]["parameters"] == ranks[1]["parameters"]

@@ -188,6 +188,21 @@ def test_resumed_in_the_middle() -> None:
     assert first + list(resumed) == whole
 
 
+def test_consumed_counts_in_the_epoch_that_was_drawn() -> None:
+    """Also when it has ended and the next one has another number of samples."""
+    labels = GOLDEN["labels"]
+    sampler = LongTailSampler(labels, "repeat_factor", threshold=0.05, seed=1)
+    sizes = [len(list(sampler)) for _ in range(4)]
+    assert len(set(sizes)) > 1
+    for epoch, size in enumerate(sizes):
+        sampler.set_epoch(epoch)
+        list(sampler)
+        state = sampler.state_dict(consumed=size)
+        assert (state["epoch"], state["position"], state["num_samples"]) == (epoch, size, size)
+        with pytest.raises(ValueError, match=f"consumed: expected 0 to {size} samples of an epoch"):
+            sampler.state_dict(consumed=size + 1)
+
+
 def test_other_strategies_want_one_class() -> None:
     with pytest.raises(ValueError, match="labels: expected one class a sample for Power.*, found several"):
         LongTailSampler([[0, 1], [1]])

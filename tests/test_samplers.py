@@ -329,6 +329,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"labels": torch.ones(3)}, TypeError, "labels: expected integers, found torch.float32"),
     ({"labels": [True, False]}, TypeError, "labels: expected integers, found list of bool"),
     ({"labels": ["a", 1, None]}, TypeError, "labels: expected integers or strings, found list of object"),
+    ({"labels": ["a", math.nan]}, TypeError, "labels: expected integers or strings, found list of strings and other"),
+    ({"labels": ("0", 0)}, TypeError, "labels: expected integers or strings, found tuple of strings and other types"),
     ({"labels": [[0], [1, 2]]}, ValueError, r"labels: expected one class a sample for Power\(.*\), found several"),
     ({"labels": []}, ValueError, "labels: expected at least one, found 0"),
     ({"labels": ClassIndex([0, 1]), "num_classes": 2}, ValueError, "num_classes: expected None with a ClassIndex"),

@@ -154,6 +154,27 @@ def test_a_run_that_is_interrupted_twice_in_an_epoch(workers: int) -> None:
     assert state["position"] == 24
 
 
+def test_goes_on_with_other_workers_batches_and_ranks() -> None:
+    """Where a plain loader was is a number of samples: not of batches, and of no worker's."""
+    drawn, rest = sampler(), [i for epoch in whole("one", 1)[:2] for i in itertools.chain(*epoch)]
+    found: list[int] = []
+    for workers, batch_size in ((2, 4), (0, 7), (1, 3)):
+        consumed = drawn.start
+        for batch in itertools.islice(batches(loader(drawn, batch_size, False, num_workers=workers)), 2):
+            found += batch
+            consumed += len(batch)
+        state = json.loads(json.dumps(drawn.state_dict(consumed=consumed)))
+        drawn = sampler()
+        drawn.load_state_dict(state)
+    assert found == rest[:28]
+    pair = [DistributedLongTailSampler(LABELS, num_replicas=2, rank=rank) for rank in range(2)]
+    parts = []
+    for rank in pair:
+        rank.load_state_dict(state)
+        parts.append(list(itertools.chain(*batches(loader(rank, 5, True, num_workers=2)))))
+    assert [i for step in zip(*parts, strict=True) for i in step][: N - 28] == rest[28:N]
+
+
 def test_state_before_anything_was_drawn() -> None:
     """StatefulDataLoader makes its iterator for that, which draws ahead with workers, and uses it later."""
     stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader

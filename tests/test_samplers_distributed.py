@@ -140,6 +140,15 @@ def test_the_last_step_of_an_epoch_ends_it(world: int, drop_last: bool) -> None:
         assert other.epoch == 1
 
 
+def test_m_per_class_on_ranks() -> None:
+    """``batch_size`` of all ranks: each has as many samples of the same classes."""
+    parts = ranks(("m_per_class", {"m": 4, "batch_size": 12}), 0, 120, 2, False)
+    for step in zip(*(LongTailBatchSampler(part, 6) for part in parts), strict=True):
+        counts = [np.bincount(LABELS[batch], minlength=5).tolist() for batch in step]
+        assert counts[0] == counts[1]
+        assert sorted(counts[0]) == [0, 0, 2, 2, 2]
+
+
 def work(rank: int, folder: str) -> None:
     """One of three processes that are process groups of one, two and three ranks, one after the other."""
     for world in (1, 2, 3):

@@ -15,7 +15,8 @@ from ltkernels import arguments as arg
 from ltkernels.integrations import epochs
 
 try:
-    from accelerate import skip_first_batches
+    from accelerate import PartialState, skip_first_batches
+    from accelerate.data_loader import DataLoaderDispatcher
 except ImportError as error:
     message = f"ltkernels.integrations.accelerate needs accelerate, run: pip install accelerate ({error})"
     raise ImportError(message) from error
@@ -36,6 +37,9 @@ def epoch_batches(loader: Any, epoch: int, skip_batches: int = 0) -> Any:
             skip = first_step if epoch == first_epoch else 0
             for step, (x, y) in enumerate(epoch_batches(loader, epoch, skip), start=skip):
                 ...
+
+    With ``DataLoaderConfiguration(use_stateful_dataloader=True)`` Accelerate stores how many batches of the epoch were
+    drawn, and not which epoch it was: after ``load_state`` give the epoch, and no ``skip_batches``.
 
     Args:
         loader: from ``accelerator.prepare``; its sampler is a :class:`ltkernels.samplers.LongTailSampler`, not one for
@@ -72,7 +76,11 @@ def epoch_batches(loader: Any, epoch: int, skip_batches: int = 0) -> Any:
             )
     if not 0 <= skip_batches <= len(loader):
         raise ValueError(f"skip_batches: expected 0 to {len(loader)}, the batches of an epoch, found {skip_batches}")
-    left = skip_first_batches(loader, skip_batches) if skip_batches else loader
+    # Where one process hands batches out, it draws one for each process in a step, and skips as it draws.
+    drawn = 1
+    if isinstance(loader, DataLoaderDispatcher) and not loader.split_batches:
+        drawn = PartialState().num_processes
+    left = skip_first_batches(loader, skip_batches * drawn) if skip_batches else loader
     left.set_epoch(epoch)  # its own number, which its iterator passes on
     for sampler in found:
         sampler.set_epoch(epoch)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, IterableDataset
 
 from ltkernels import functional, metrics, rebalance
 from ltkernels.losses.base import LossModule, WeightedLossModule
@@ -57,6 +57,7 @@ def hf_loss_func(
     Class weights that a schedule changes are those of the current epoch: give the function to
     :class:`LongTailTrainerMixin`, or to :class:`EpochCallback`. A loss with parameters, or with a state that has to be
     saved (``SeesawLoss``), should also be an attribute of the model, which the Trainer optimises, moves and saves.
+    ``TrainingArguments(label_smoothing_factor=...)`` has no effect beside a loss function; losses have an argument.
 
     Args:
         loss: one of :mod:`ltkernels.losses`, or ``torch.nn.CrossEntropyLoss``, with ``reduction="mean"`` and
@@ -279,11 +280,16 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
             if not callable(getattr(part, "set_epoch", None)):
                 raise TypeError(f"parts: expected objects with set_epoch, found {type(part).__name__}")
         self.parts = parts
+        self._epoch = 0  # the one that begins next
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._epoch = int(state.epoch or 0)  # of a run that is resumed within epoch 3: 3.25
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        epoch = int(state.epoch or 0)  # of a run that is resumed within epoch 3: 3.25
+        """Counts by itself: behind an epoch that ended early, ``state.epoch`` is still in that one."""
         for part in self.parts:
-            part.set_epoch(epoch)
+            part.set_epoch(self._epoch)
+        self._epoch += 1
 
 
 class LongTailTrainerMixin:
@@ -299,7 +305,7 @@ class LongTailTrainerMixin:
 
     Raises:
         TypeError: another sampler.
-        ValueError: at the start of training: a sampler of another data set.
+        ValueError: at the start of training: a sampler of another data set, or beside an ``IterableDataset``.
 
     Example:
         >>> import ltkernels as ltk
@@ -323,6 +329,15 @@ class LongTailTrainerMixin:
         loss = getattr(self, "compute_loss_func", None)
         parts = [part for part in (loss, train_sampler) if hasattr(part, "set_epoch")]
         self.add_callback(EpochCallback(*parts))  # type: ignore[attr-defined]
+
+    def get_train_dataloader(self) -> Any:
+        dataset = self.train_dataset  # type: ignore[attr-defined]
+        if self.train_sampler is not None and isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "train_sampler: expected None beside an IterableDataset, whose samples have no positions, found"
+                f" {self.train_sampler!r}"
+            )
+        return super().get_train_dataloader()  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = self.train_sampler

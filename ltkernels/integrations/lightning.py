@@ -61,15 +61,18 @@ class _Drawn:
 
     def state(self, batches: int) -> dict[str, Any] | None:
         """Where the sampler is after so many batches; None where that can not be said."""
-        length = len(self.sampler)
+        epoch_end = self.sampler._consumable
         if self.wrapped:
-            return self.sampler.state_dict(consumed=length) if batches == len(self.loader) else None
-        if batches > len(self.loader):
-            return None
-        batch_size = self.loader.batch_size or getattr(self.loader.batch_sampler, "batch_size", None)
+            return self.sampler.state_dict(consumed=epoch_end) if batches == len(self.loader) else None
+        batch_size = self.loader.batch_size
+        for batch_sampler in (self.loader.batch_sampler, self.loader.sampler):  # the latter: batches as samples
+            batch_size = batch_size or getattr(batch_sampler, "batch_size", None)
         if batch_size is None:
             return None
-        return self.sampler.state_dict(consumed=min(self.start + batches * batch_size, length))
+        consumed = self.start + batches * batch_size
+        if consumed >= epoch_end + batch_size:  # gone through more than once
+            return None
+        return self.sampler.state_dict(consumed=min(consumed, epoch_end))
 
 
 class LongTailCallback(Callback):  # type: ignore[misc]
@@ -186,6 +189,11 @@ def _check_shared(trainer: Any, drawn: _Drawn) -> None:
                 f"sampler: expected rank {rank} of {replicas}, as the Trainer's, found rank {sampler.rank} of"
                 f" {sampler.num_replicas}"
             )
+    elif drawn.wrapped and sampler._length_varies:
+        raise ValueError(
+            "sampler: expected epochs of one length, by which Lightning shares a sampler out, found"
+            f" {sampler.strategy}; give it num_samples, or take a DistributedLongTailSampler"
+        )
     elif replicas > 1 and not drawn.wrapped:
         raise ValueError(
             f"sampler: expected a DistributedLongTailSampler in {replicas} processes with use_distributed_sampler=False"

@@ -37,8 +37,9 @@ class LongTailSampler(Sampler[int]):
     ``next``: ``iter(sampler)`` alone does nothing.
 
     **Resuming.** ``state_dict()`` is a small dict for JSON, exact in the middle and at the end of an epoch. torchdata's
-    ``StatefulDataLoader`` stores and loads it by itself. With a plain ``DataLoader``, whose workers draw ahead of what
-    was used, say how many samples the loop has consumed::
+    ``StatefulDataLoader`` stores and loads it by itself, in a state that belongs to its number of workers. With a plain
+    ``DataLoader``, whose workers draw ahead of what was used, say how many samples the loop has consumed; the run may
+    then go on with another batch size, other workers and, distributed, other processes::
 
         sampler.load_state_dict(checkpoint["sampler"])
         for epoch in range(sampler.epoch, epochs):
@@ -188,13 +189,7 @@ class LongTailSampler(Sampler[int]):
         """
         if consumed is None:
             return self._state_at(self._place)
-        rest = self._last
-        if rest is None:  # nothing began since the epoch was set or loaded
-            rest = Rest(self, None, False)
-            rest.start = self._next_place
-            rest.count = self._rank_samples(rest.start)
-        assert rest.start is not None
-        before = rest.start.position // self._replicas
+        rest, before = self._counted()
         consumed = arg.integer("consumed", consumed)
         if not 0 <= consumed <= before + rest.count:
             raise ValueError(f"consumed: expected 0 to {before + rest.count} samples of an epoch, found {consumed}")
@@ -248,6 +243,22 @@ class LongTailSampler(Sampler[int]):
             return Place(self._next.epoch + 1, 0)
         return self._next
 
+    def _counted(self) -> tuple[Rest, int]:
+        """The iteration whose epoch ``consumed`` is about, and how many samples of that epoch came before it."""
+        rest = self._last
+        if rest is None:  # nothing began since the epoch was set or loaded
+            rest = Rest(self, None, False)
+            rest.start = self._next_place
+            rest.count = self._rank_samples(rest.start)
+        assert rest.start is not None
+        return rest, rest.start.position // self._replicas
+
+    @property
+    def _consumable(self) -> int:
+        """The largest ``consumed``: the samples of the epoch that was iterated, also when the next one has more."""
+        rest, before = self._counted()
+        return before + rest.count
+
     def _begin(self, rest: Rest) -> Place:
         """An iteration begins. Returns where."""
         start = rest.start or self._next_place
@@ -272,6 +283,10 @@ class LongTailSampler(Sampler[int]):
     def _epoch_length(self, epoch: int, seed: int | None = None) -> int:
         """Samples in an epoch, on all ranks."""
         return self._num_samples or self._epoch_samples(epoch, seed).num_samples
+
+    @property
+    def _length_varies(self) -> bool:
+        return self._num_samples is None and self.strategy.length_varies
 
     def _rank_samples(self, start: Place) -> int:
         """Samples in the rest of an epoch for one rank; they are the same number for all."""
@@ -348,8 +363,11 @@ def _class_index(
     array = rebalance._as_array("labels", labels, kinds="iuUTO")
     if array.dtype.kind in "iu":
         return ClassIndex(array, num_classes, indices=indices), None
-    if not all(isinstance(label, str) for label in array.flat):
-        raise TypeError(f"labels: expected integers or strings, found {type(labels).__name__} of {array.dtype}")
+    # NumPy makes strings of all labels if one is, NaN for instance.
+    given = labels if array.dtype.kind == "U" and isinstance(labels, Sequence) else array.flat
+    if not all(isinstance(label, str) for label in given):
+        found = array.dtype if array.dtype.kind == "O" else "strings and other types"
+        raise TypeError(f"labels: expected integers or strings, found {type(labels).__name__} of {found}")
     names, classes = np.unique(array, return_inverse=True)
     num_classes = len(names) if num_classes is None else num_classes
     return ClassIndex(classes, num_classes, indices=indices), [str(name) for name in names]

@@ -89,6 +89,11 @@ class Strategy(ABC):
     takes_multilabel: ClassVar[bool] = False
     """Whether samples may have several classes."""
 
+    @property
+    def length_varies(self) -> bool:
+        """Whether epochs have different numbers of samples, if the sampler's user says nothing else."""
+        return False
+
     @abstractmethod
     def samples(self, class_index: ClassIndex, seed: int, epoch: int) -> EpochSamples:
         """The samples of an epoch."""
@@ -275,7 +280,8 @@ class RepeatFactor(Strategy):
 
     f_c is the share of the samples that have class c; a sample may have several classes, or none. ``"stochastic"``
     rounds factors anew in each epoch, so that their fractions count and epochs differ in length; ``"ceil"`` rounds
-    them up.
+    them up. Training loops that count the batches of an epoch once (Lightning, transformers) leave out what a later
+    epoch has more: give the sampler ``num_samples`` there, or take ``"ceil"``.
 
     Source:
         Gupta et al., "LVIS", CVPR 2019, section 4.3; stochastic as detectron2's ``RepeatFactorTrainingSampler``, ceil
@@ -290,6 +296,10 @@ class RepeatFactor(Strategy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", arg.number("threshold", self.threshold, 0.0, math.inf, open_low=True))
         arg.choice("rounding", self.rounding, ("stochastic", "ceil"))
+
+    @property
+    def length_varies(self) -> bool:
+        return self.rounding == "stochastic"
 
     def samples(self, class_index: ClassIndex, seed: int, epoch: int) -> Draws:
         members, counts = class_index.members.long(), class_index.class_counts
@@ -310,7 +320,8 @@ class MPerClass(Strategy):
     """Batches of ``batch_size / m`` different classes with ``m`` samples of each, different where the class has m.
 
     The sampler's batches start at multiples of ``batch_size``: give the ``DataLoader`` the same. Classes take turns: in
-    a round of batches each comes at most once, and all but fewer than a batch has.
+    a round of batches each comes at most once, and all but fewer than a batch has. Where W ranks share a stream,
+    ``batch_size`` is that of all ranks, and ``m`` a multiple of W: each rank has ``m / W`` samples of the same classes.
     """
 
     m: int

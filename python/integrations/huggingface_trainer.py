@@ -11,6 +11,7 @@ from any other Trainer program.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,7 +72,7 @@ def train(name: str, digits: demo.Digits, strategy: str, epochs: int) -> dict[st
             TrainingArguments(
                 output_dir=folder,
                 num_train_epochs=epochs,
-                per_device_train_batch_size=16,
+                per_device_train_batch_size=16 // int(os.environ.get("WORLD_SIZE", "1")),  # torchrun sets it
                 gradient_accumulation_steps=2,  # the gradient is that of 32
                 per_device_eval_batch_size=256,
                 learning_rate=3e-3,
