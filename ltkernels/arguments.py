@@ -129,7 +129,8 @@ def row_weight(name: str, value: Tensor, logits: Tensor) -> Tensor:
 def integer(name: str, value: int) -> int:
     """``value`` as an int; bools and floats are not integers."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
-        raise TypeError(f"{name}: expected an integer, found {value!r}")
+        found = repr(value) if isinstance(value, (bool, float, str, type(None))) else type(value).__name__
+        raise TypeError(f"{name}: expected an integer, found {found}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: expected an integer of 64 bits, found {value}")
     return int(value)

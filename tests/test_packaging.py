@@ -69,6 +69,9 @@ def test_sdist_holds_the_sources(sdist: Path) -> None:
     for name in ("LICENSE", "CHANGELOG.md", "README.md", "Makefile", "requirements.txt"):
         assert (sdist / name).exists(), name
     assert not list(sdist.rglob("*.so"))
+    for page in (sdist / "README.md", *(sdist / "docs").rglob("*.md")):
+        for picture in re.findall(r"!\[[^\]]*\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / picture).exists(), f"{page.name}: {picture}"
 
 
 def test_wheel_without_compiler_is_pure_and_says_why(pure: tuple[Path, Path, str]) -> None:
