@@ -64,7 +64,7 @@ $(VENV)/.installed: requirements.txt requirements-alone.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(shell find csrc -type f)
-	@echo "setup: building ltkernels in place (only C++ and CUDA files that changed are compiled)"
+	@echo "setup: building ltkernels in place; a minute, with nvcc some ten (LTK_CUDA=0 leaves the CUDA kernels out)"
 	@$(RUN) -m pip install --quiet --no-build-isolation --no-deps -e .
 	@$(RUN) -m ltkernels info
 	@touch $@

@@ -84,9 +84,9 @@ def all_figures(results: Path) -> str:
 
 
 def readme(text: str, results: Path) -> str:
-    """README.md with the summary of all losses and the figures of sampling."""
+    """README.md with the summary of all losses."""
     summary = markdown.summary({op: report.read_records(results / PARTS[op].file) for op in SUMMARISED})
-    return with_figures(with_figures(text, summary), figures("sampling", results), "sampling")
+    return with_figures(text, summary)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

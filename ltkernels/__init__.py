@@ -11,6 +11,7 @@ Example:
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +68,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f".{_OWNERS[name]}", __name__), name)
         globals()[name] = value  # the next lookup does not come here
         return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    error = AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    raise error  # whose name and object let Python suggest another
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})

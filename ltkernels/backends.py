@@ -30,7 +30,11 @@ CPU_INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 _LIBRARY = Path(__file__).parent / "lib" / "libltkernels_cpu.so"
 _CUDA_LIBRARY = Path(__file__).parent / "lib" / "libltkernels_cuda.so"
 # Without --no-cache-dir, pip would install once more the wheel that it kept of the build that left something out.
-_REBUILD = "pip install --no-cache-dir --force-reinstall --no-deps ltkernels"
+_REBUILD = (
+    "pip install --no-build-isolation --no-deps -e ."
+    if (Path(__file__).parents[1] / "csrc").is_dir()  # a checkout
+    else "pip install --no-cache-dir --force-reinstall --no-deps ltkernels"
+)
 
 
 @cache
@@ -148,12 +152,20 @@ def available_backends(device: str | torch.device = "cpu") -> tuple[str, ...]:
     Returns:
         Names from :data:`BACKENDS`; the last is always ``"reference"``. ``ltkernels info`` says why one is missing.
 
+    Raises:
+        ValueError: no device of that name.
+
     Example:
         >>> import ltkernels as ltk
         >>> ltk.available_backends("cpu")[-1]
         'reference'
     """
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(
+            f"device: expected a device or its type, such as 'cpu' or 'cuda:0', found {device!r}"
+        ) from error
     serves = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "reference": kind}
     return tuple(
         name
@@ -401,6 +413,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         ``backend`` is the name of the backend that serves the call.
 
     Raises:
+        TypeError: ``fn`` cannot be called.
         ValueError: ``fn`` calls no op of this library. Argument errors are raised as by ``fn``.
 
     Example:
@@ -417,6 +430,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         >>> why.backend
         'reference'
     """
+    if not callable(fn):
+        raise TypeError(f"fn: expected a function or a loss, found {type(fn).__name__}")
     global _explaining
     _explaining = get_ident()
     try:

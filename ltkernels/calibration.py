@@ -20,6 +20,11 @@ def _num_classes(name: str, value: int) -> int:
     return value
 
 
+def _check_classes(logits: Tensor, of_classes: Tensor) -> None:
+    if logits.shape[-1:] != of_classes.shape:
+        raise ValueError(f"logits: expected shape (..., {len(of_classes)}), found {tuple(logits.shape)}")
+
+
 class DisAlignCalibration(nn.Module):
     r"""DisAlign: a learnt scale and bias of each class, by a learnt confidence of each sample.
 
@@ -78,6 +83,7 @@ class DisAlignCalibration(nn.Module):
         Returns:
             ``(..., C)``.
         """
+        _check_classes(logits, self.class_scale)
         gate = self._gate(features)[..., None]
         return (1 + gate * self.class_scale) * logits + gate * self.class_bias
 
@@ -137,6 +143,7 @@ class LearnableWeightScaling(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         """The logits ``(..., C)``, scaled."""
+        _check_classes(logits, self.class_scale)
         return logits * self.class_scale
 
     def loss(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:

@@ -36,7 +36,11 @@ def as_class_counts(class_counts: ClassCounts) -> Tensor:
         counts = torch.from_numpy(_as_array("class_counts", class_counts, kinds="iuf").astype(np.float64))
     if counts.ndim != 1 or counts.numel() == 0:
         raise ValueError(f"class_counts: expected one count per class, shape (C,), found shape {tuple(counts.shape)}")
-    for wrong, expected in ((~counts.isfinite(), "all counts finite"), (counts < 0, "all counts >= 0")):
+    for wrong, expected in (
+        (~counts.isfinite(), "all counts finite"),
+        (counts < 0, "all counts >= 0"),
+        (counts >= 2.0**63, "all counts below 2^63"),  # losses keep them as int64
+    ):
         if wrong.any():
             index = int(wrong.nonzero()[0])
             raise ValueError(f"class_counts: expected {expected}, found {counts[index]:g} at class {index}")

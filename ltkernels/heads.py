@@ -40,7 +40,7 @@ class CosineLinear(nn.Module):
         input ``(..., D)``, output ``(..., C)`` of the input's type (of the autocast type under autocast).
 
     Raises:
-        TypeError: sizes are not integers, or ``scale`` is not a number.
+        TypeError: sizes are not integers, or ``scale`` is not a number; an input of an integer type.
         ValueError: sizes below 1, ``scale`` not above 0; an input whose last dimension is not D.
 
     Example:
@@ -81,6 +81,8 @@ class CosineLinear(nn.Module):
         """Cosines times ``scale``: ``(..., D)`` to ``(..., C)``."""
         if input.shape[-1:] != (self.in_features,):
             raise ValueError(f"input: expected shape (..., {self.in_features}), found {tuple(input.shape)}")
+        if not input.is_floating_point():
+            raise TypeError(f"input: expected features of a floating type, found {input.dtype}")
         return F.linear(unit(input, self.scale), unit(self.weight))
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -331,7 +331,7 @@ def label_aware_smoothing(
 
 
 class ClassTableModule(nn.Module):
-    """A module whose floating buffers never fall below float32.
+    """A module whose floating buffers never fall below float32, and whose class counts load as what they are.
 
     ``model.half()`` or ``model.to(torch.bfloat16)`` reaches the loss too where it is an attribute of the model. It
     has no weights to make smaller, and a log prior of -9.2103 would become -9.1875 in bfloat16. So devices and
@@ -346,6 +346,13 @@ class ClassTableModule(nn.Module):
             if table is not None and after is not None and after.is_floating_point() and after.dtype.itemsize < 4:
                 self._buffers[name] = table.to(after.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        loaded, counts = state_dict.get(f"{prefix}class_counts"), self._buffers.get("class_counts")
+        if isinstance(loaded, Tensor) and counts is not None and not counts.is_floating_point():
+            if loaded.is_floating_point() and bool((loaded != loaded.round()).any()):
+                self._buffers["class_counts"] = counts.to(loaded.dtype)  # frequencies, which integers would make 0
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class DeferredReweighting(ClassTableModule):

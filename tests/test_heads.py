@@ -133,6 +133,22 @@ def test_device_and_dtype() -> None:
             ValueError,
             "input: expected shape (..., 4), found (2, 5)",
         ),
+        (
+            lambda: ltk.CosineLinear(4, 3)(torch.ones(2, 4, dtype=torch.int64)),
+            TypeError,
+            "input: expected features of a floating type, found torch.int64",
+        ),
+        (
+            lambda: ltk.LearnableWeightScaling(3)(torch.zeros(2, 5)),
+            ValueError,
+            "logits: expected shape (..., 3), found (2, 5)",
+        ),
+        (
+            lambda: ltk.DisAlignCalibration(4, 3)(torch.zeros(2, 1), torch.zeros(2, 4)),
+            ValueError,
+            "logits: expected shape (..., 3), found (2, 1)",
+        ),
+        (lambda: ltk.explain("focal"), TypeError, "fn: expected a function or a loss, found str"),
         (lambda: ltk.CosineLinear(4, 3)(torch.tensor(1.0)), ValueError, "input: expected shape (..., 4), found ()"),
     ],
 )

@@ -371,20 +371,6 @@ def test_set_epoch_without_a_schedule_changes_nothing(make) -> None:
     assert torch.equal(loss(x, y), before)
 
 
-@pytest.mark.parametrize("name", losses.__all__)
-def test_every_loss_may_be_told_of_epochs(name: str) -> None:
-    """A training loop that changes its loss need not know which of them have a schedule."""
-    sizes = ("SeesawLoss", "EqualizationLossV2")
-    without_counts = ("CrossEntropyLoss", "CosFaceLoss", "FocalLoss", "ArcFaceLoss", "InfluenceBalancedLoss")
-    without_counts += ("DistillationLoss", "SigmoidFocalLoss", "AsymmetricLoss")
-    arguments = [5] if name in sizes else [] if name in without_counts else [[900, 90, 9, 5, 1]]
-    arguments = [4, 5] if name == "LinearCrossEntropyLoss" else arguments
-    loss = getattr(losses, name)(*arguments)
-    before = copy.deepcopy(loss.state_dict())
-    loss.set_epoch(1000)
-    assert all(torch.equal(value, before[key]) for key, value in loss.state_dict().items())
-
-
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_every_loss_takes_a_schedule_as_weight(name: str) -> None:
     x, y = batch(torch.float32)

@@ -118,6 +118,21 @@ def test_as_torchmetrics(make: Any) -> None:
     torch.testing.assert_close(mine.recall(), one_each(logits, labels))
 
 
+@each_base
+def test_logits_probabilities_and_labels_are_alike(make: Any) -> None:
+    logits, labels = data()
+    expected = make(COUNTS)
+    expected.update(logits, labels)
+    for preds in (logits.softmax(1), logits.double(), logits.argmax(1), logits.argmax(1).int()):
+        metric = make(COUNTS)
+        metric.update(preds, labels.int())
+        assert torch.equal(metric.correct, expected.correct) and torch.equal(metric.total, expected.total)
+    inner = make(COUNTS)
+    inner.update(logits[:99].view(33, 3, -1).transpose(1, 2), labels[:99].view(33, 3))
+    inner.update(logits[99:], labels[99:])
+    assert torch.equal(inner.correct, expected.correct)
+
+
 def test_groups_by_training_counts_with_both_ends_in_the_middle() -> None:
     ones = torch.ones(8, dtype=torch.int64)
     found = shot_accuracy(torch.tensor([1, 1, 1, 0, 1, 0, 0, 1]), ones, COUNTS)
@@ -259,6 +274,10 @@ def test_compute_before_update_warns(make: Any) -> None:
         ({"low_shot_thr": 200}, ValueError, "low_shot_thr: expected at most many_shot_thr 100, found 200"),
         ({"top_k": 9}, ValueError, r"top_k: expected a number of classes in \[1, 8\], found 9"),
         ({"top_k": 1.0}, TypeError, "top_k: expected an integer, found 1.0"),
+        ({"many_shot_thr": "100"}, TypeError, "many_shot_thr: expected a number of samples, found '100'"),
+        ({"low_shot_thr": True}, TypeError, "low_shot_thr: expected a number of samples, found True"),
+        ({"many_shot_thr": math.nan}, ValueError, "low_shot_thr: expected at most many_shot_thr nan, found 20"),
+        ({"many_shot": 50}, (TypeError, ValueError), "many_shot"),
         ({"ignore_index": None}, TypeError, "ignore_index: expected an integer, found None"),
     ],
 )
@@ -280,7 +299,10 @@ def test_keywords_of_torchmetrics_need_it() -> None:
         (([1, 2], [2, 2], [5]), ValueError, r"correct: expected shape \(1,\), a count for each class, found \(2,\)"),
         (([3], [2], [5]), ValueError, "correct: expected at most total, found 3 of 2 at class 0"),
         (([0], [-2], [5]), ValueError, "total: expected counts >= 0, found -2 at class 0"),
-        (([0.5], [2], [5]), TypeError, "correct: expected integers, found torch.float64"),
+        (([0.5], [2], [5]), TypeError, "correct: expected integers, found list of float64"),
+        ((torch.ones(1), [2], [5]), TypeError, "correct: expected integers, found torch.float32"),
+        (([True], [2], [5]), TypeError, "correct: expected integers, found list of bool"),
+        ((None, [2], [5]), TypeError, "correct: expected integers, found NoneType of object"),
     ],
 )
 def test_wrong_counts(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
@@ -288,7 +310,66 @@ def test_wrong_counts(arguments: tuple[Any, ...], error: type[Exception], messag
         shot_accuracy(*arguments)
 
 
+@each_base
+@pytest.mark.parametrize(
+    ("preds", "target", "error", "message"),
+    [
+        ([0, 1], [0, 1], TypeError, "preds: expected a torch.Tensor, found list"),
+        (torch.randn(2, 8).numpy(), torch.tensor([0, 1]), TypeError, "preds: expected a torch.Tensor, found ndarray"),
+        (
+            torch.tensor([0, 8]),
+            torch.tensor([0, 1]),
+            IndexError,
+            r"preds: expected predicted labels in \[0, 8\), found 8",
+        ),
+        (torch.randn(2, 8), torch.randn(2, 8), TypeError, "target: expected labels of an integer type"),
+        (torch.randn(2, 8), torch.tensor([[0], [1]]), ValueError, r"target: expected labels of shape \(2,\)"),
+    ],
+)
+def test_wrong_batches(make: Any, preds: Any, target: Any, error: type[Exception], message: str) -> None:
+    metric = make(COUNTS)
+    with pytest.raises(error, match=f"^{message}"):
+        metric.update(preds, target)
+    assert not metric.total.any()
+
+
 # --- In torchmetrics' collections ---
+
+
+def test_what_torchmetrics_reads_of_a_metric() -> None:
+    """Sums of int64 over processes, one update a forward, and torchmetrics' own reset."""
+    metric = ShotAccuracy(COUNTS)
+    assert (metric.is_differentiable, metric.higher_is_better, metric.full_state_update) == (False, True, False)
+    assert metric._reductions["correct"] is metric._reductions["total"] is torchmetrics.utilities.dim_zero_sum
+    assert metric.correct.dtype == metric.total.dtype == torch.int64
+    assert ShotAccuracy.reset is torchmetrics.Metric.reset
+
+
+def test_in_a_lightning_module(tmp_path: Path) -> None:
+    """An attribute that moves with the module, whose figures ``log_dict`` takes."""
+    lightning = pytest.importorskip("lightning.pytorch", reason="needs lightning")
+    logits, labels = data()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(logits, labels), batch_size=64)
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.accuracies = torchmetrics.MetricCollection([ShotAccuracy(COUNTS)])
+
+        def validation_step(self, batch: list[Tensor]) -> None:
+            self.accuracies.update(*batch)
+
+        def on_validation_epoch_end(self) -> None:
+            self.log_dict(self.accuracies.compute())
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    (found,) = trainer.validate(Module(), loader, verbose=False)
+    alone = ShotAccuracy(COUNTS)
+    alone.update(logits, labels)
+    assert found == pytest.approx(figures(alone))
 
 
 def test_in_a_collection() -> None:

@@ -19,6 +19,7 @@ import griffe
 ROLE = re.compile(r":(?:class|func|mod|data|meth|attr|obj):`~?([\w.]+)`")
 MATH = re.compile(r":math:`([^`]+)`", re.DOTALL)
 MATH_BLOCK = re.compile(r"^(?P<indent>[ ]*)\.\. math::\n+(?P<body>(?:(?P=indent)[ ]+\S.*\n|[ ]*\n)+)", re.MULTILINE)
+MATH_LINES = re.compile(r"^(?P<indent>[ ]*)\.\. math:: (?P<body>\S.*(?:\n(?P=indent)[ ]+\S.*)*)$", re.MULTILINE)
 TABLE = re.compile(r"^(=+ +=+(?: +=+)*)\n(?:.+\n)+?\1\n(?:.+\n)+?\1$", re.MULTILINE)
 
 
@@ -38,7 +39,7 @@ def as_markdown(text: str, obj: griffe.Object) -> str:
     """
     text = TABLE.sub(lambda table: f"```text\n{table[0]}\n```", text)
     text = MATH_BLOCK.sub(_block, text + "\n").rstrip("\n")
-    text = re.sub(r"^([ ]*)\.\. math:: (\S.*)$", r"\n\1$$\n\1\2\n\1$$\n", text, flags=re.MULTILINE)
+    text = MATH_LINES.sub(_block, text)
     text = MATH.sub(lambda found: f"${' '.join(found[1].split())}$", text)
     text = ROLE.sub(lambda found: _reference(found[1], obj), text)
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)

@@ -3,7 +3,7 @@
 =======================  ==============================================================================================
 class                    for
 =======================  ==============================================================================================
-`LossModule`             every loss: ``set_epoch``, buffers that keep their precision
+`LossModule`             every loss: ``set_epoch``, buffers that keep their precision, classes without samples
 `WeightedLossModule`     losses whose class weights may be assigned, a schedule among them
 `AdjustedCrossEntropy`   losses that are parameters of :func:`ltkernels.functional.cross_entropy`
 =======================  ==============================================================================================
@@ -41,6 +41,19 @@ class WeightedOptions(Options, total=False):
     """The same for losses that leave the class weights to the caller."""
 
     weight: Tensor | DeferredReweighting | None
+
+
+class Method(TypedDict, total=False):
+    """What makes the method, and is no option of its users; :class:`CrossEntropyLoss` explains it."""
+
+    scale: float
+    class_scale: Tensor | None
+    class_bias: Tensor | None
+    class_margin: Tensor | float | None
+    margin_type: str
+    focal_gamma: float
+    focal_pt: str
+    focal_grad: str
 
 
 def _described(name: str, value: object) -> str:
@@ -85,8 +98,30 @@ class Setting:
             setattr(module, self._attribute, arg.number(self._name, value, 0.0, math.inf, open_low=self._open_low))
 
 
+def differing(module: nn.Module, defaults: Mapping[str, object]) -> list[str]:
+    """For a repr: the options that are not as they are by default."""
+    parts = []
+    for name, default in defaults.items():
+        value = getattr(module, name)
+        if isinstance(value, Tensor) and value.ndim:
+            parts.append(_described(name, value))
+        elif not isinstance(value, nn.Module) and value is not default and value != default:
+            parts.append(_described(name, value))
+    return parts
+
+
+def flag(name: str, value: bool) -> bool:
+    """``value`` if it is a bool: ``bool("no")`` is True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, found {value!r}")
+    return value
+
+
 class LossModule(ClassTableModule):
     """What every loss is: a module with tables, which is told of epochs."""
+
+    _has_absent_classes = False  # among ``class_counts``, for losses that refuse labels of such classes
+    ignore_index: int
 
     def set_epoch(self, epoch: int) -> None:
         """Tells a schedule which epoch starts, counted from 0; without a schedule nothing changes.
@@ -96,6 +131,37 @@ class LossModule(ClassTableModule):
         for part in self.children():
             if isinstance(part, DeferredReweighting):
                 part.set_epoch(epoch)
+
+    def _find_absent_classes(self) -> None:
+        counts = self._buffers.get("class_counts")
+        self._has_absent_classes = counts is not None and not counts.is_meta and bool((counts == 0).any())
+
+    def _refuse_absent_classes(self, target: Target) -> None:
+        """Refuses labels that, without a bias of -inf, the functional takes.
+
+        Not on a GPU, which would have to stop, nor in a compiled graph or under torch.func, where values can not be
+        looked at.
+        """
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return
+        if isinstance(target, tuple):
+            for labels in target[:2]:
+                self._refuse_absent_classes(labels)
+            return
+        counts = self._buffers.get("class_counts")
+        if counts is None or target.is_floating_point() or target.device.type != "cpu":
+            return
+        labels = target.long()
+        labels = labels[labels != self.ignore_index]
+        absent = labels[counts.cpu()[labels] == 0]
+        if len(absent):
+            raise ValueError(
+                f"target: expected labels of classes with training samples, found class {int(absent[0])} with count 0"
+            )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._find_absent_classes()
 
 
 class WeightedLossModule(LossModule):
@@ -109,7 +175,7 @@ class WeightedLossModule(LossModule):
         if name in self._tables and not hasattr(type(self), name):  # torch's parametrizations make it a property
             for registry in (vars(self), self._parameters, self._buffers, self._modules):
                 registry.pop(name, None)
-            if value is None or (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
                 return
         super().__setattr__(name, value)
@@ -145,40 +211,37 @@ class AdjustedCrossEntropy(WeightedLossModule):
     def __init__(
         self,
         class_counts: ClassCounts | None = None,
+        method: Method | None = None,
         *,
         weight: Tensor | DeferredReweighting | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float | Tensor = 0.0,
         smoothing_mode: str = "all",
-        scale: float = 1.0,
-        class_scale: Tensor | None = None,
-        class_bias: Tensor | None = None,
-        class_margin: Tensor | float | None = None,
-        margin_type: str = "additive",
-        focal_gamma: float = 0.0,
-        focal_pt: str = "raw",
-        focal_grad: str = "full",
         z_loss: float = 0.0,
         denominator: str | float | Tensor = "weight",
         empty: str = "nan",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        self.register_buffer("class_counts", None if class_counts is None else rebalance.counts_buffer(class_counts))
+        method = {} if method is None else method
+        if class_counts is None:
+            self.class_counts = None  # not a buffer that is None, beside which torch.export loses count of the others
+        else:
+            self.register_buffer("class_counts", rebalance.counts_buffer(class_counts))
         self.weight = weight
-        self.class_scale = class_scale
-        self.class_bias = class_bias
-        self.class_margin = class_margin
-        self.margin_type = margin_type
+        self.class_scale = method.get("class_scale")
+        self.class_bias = method.get("class_bias")
+        self.class_margin = method.get("class_margin")
+        self.margin_type = method.get("margin_type", "additive")
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.smoothing_mode = smoothing_mode
-        self.scale = scale
-        self.focal_gamma = focal_gamma
-        self.focal_pt = focal_pt
-        self.focal_grad = focal_grad
+        self.scale = method.get("scale", 1.0)
+        self.focal_gamma = method.get("focal_gamma", 0.0)
+        self.focal_pt = method.get("focal_pt", "raw")
+        self.focal_grad = method.get("focal_grad", "full")
         self.z_loss = z_loss
         self.denominator = denominator
         self.empty = empty
@@ -208,13 +271,7 @@ class AdjustedCrossEntropy(WeightedLossModule):
         parts = [_described(name, getattr(self, name)) for name in self._shown]
         if self.class_counts is not None:
             parts.append(rebalance.describe_counts(self.class_counts))
-        for name, default in self._defaults.items():
-            value = getattr(self, name)
-            if isinstance(value, Tensor) and value.ndim:
-                parts.append(_described(name, value))
-            elif not isinstance(value, nn.Module) and value is not default and value != default:
-                parts.append(_described(name, value))
-        return ", ".join(parts)
+        return ", ".join(parts + differing(self, self._defaults))
 
     def _arguments(self) -> dict[str, Any]:
         # Spelt out for speed: nn.Module finds a buffer after all else, and a loop over the names takes as long again.
@@ -248,34 +305,5 @@ class AdjustedCrossEntropy(WeightedLossModule):
         }
         tables = [self.class_counts, *(arguments[name] for name in self._tables)]
         num_classes = next((len(table) for table in tables if isinstance(table, Tensor) and table.ndim == 1), 1)
-        logits, labels = torch.empty(0, num_classes, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
-        functional.cross_entropy(logits, labels, **arguments)
-
-    def _find_absent_classes(self) -> None:
-        self._has_absent_classes = self.class_counts is not None and bool((self.class_counts == 0).any())
-
-    def _refuse_absent_classes(self, target: Target) -> None:
-        """Refuses labels that, without a bias of -inf, the functional takes.
-
-        Not on a GPU, which would have to stop, nor in a compiled graph or under torch.func, where values can not be
-        looked at.
-        """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return
-        if isinstance(target, tuple):
-            for labels in target[:2]:
-                self._refuse_absent_classes(labels)
-            return
-        if self.class_counts is None or target.is_floating_point() or target.device.type != "cpu":
-            return
-        labels = target.long()
-        labels = labels[labels != self.ignore_index]
-        absent = labels[self.class_counts.cpu()[labels] == 0]
-        if len(absent):
-            raise ValueError(
-                f"target: expected labels of classes with training samples, found class {int(absent[0])} with count 0"
-            )
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._find_absent_classes()
+        with torch.device("cpu"):  # whatever the default is: a model may be made on the meta device
+            functional.cross_entropy(torch.empty(0, num_classes), torch.empty(0, dtype=torch.int64), **arguments)

@@ -11,7 +11,7 @@ loss                       parameters of :func:`ltkernels.functional.binary_cros
 ========================== =============================================================================================
 
 Rows without an object are called background. Their label is C, the number of classes, with or without a column of its
-own; each loss says which.
+own; each loss says which. `DropLoss`, `ACSLLoss` and `FederatedLoss` look at the labels and take no multi-hot targets.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing_extensions import Unpack
 from ltkernels import arguments as arg
 from ltkernels import functional
 from ltkernels.class_counts import ClassCounts, as_class_counts
+from ltkernels.losses.base import flag
 from ltkernels.losses.sigmoid import SigmoidLoss, SigmoidOptions
 
 __all__ = ["ACSLLoss", "DropLoss", "EqualizationLoss", "EqualizationLossV2", "FederatedLoss"]
@@ -38,6 +39,15 @@ def _rare_classes(class_counts: ClassCounts, num_images: float | None, threshold
     counts = as_class_counts(class_counts)
     images = counts.sum().item() if num_images is None else arg.number("num_images", num_images, 0.0, math.inf, True)
     return counts / images < arg.number("threshold", threshold, 0.0, math.inf)
+
+
+def _labels(input: Tensor, target: Tensor) -> Tensor:
+    """The batch's labels, ``(N,)``, int64. Multi-hot targets would pass for labels 0 and 1."""
+    arg.check_logits("input", input)
+    if arg.tensor("target", target).dtype not in arg.INTEGER_TYPES:
+        raise TypeError(f"target: expected labels of an integer type for this loss, found {target.dtype}")
+    arg.check_target(input, target)
+    return target.reshape(-1).long()
 
 
 class EqualizationLoss(SigmoidLoss):
@@ -96,7 +106,7 @@ class EqualizationLossV2(SigmoidLoss):
 
     Args:
         num_classes: C.
-        gamma: steepness of the weights.
+        gamma: steepness of the weights, at least 0.
         mu: the balance at which a negative weighs 1/2.
         alpha: how much more positives of starved classes weigh, at least 0.
         background: whether the logits have one more column, the last, for background; it is never weighted.
@@ -138,8 +148,10 @@ class EqualizationLossV2(SigmoidLoss):
         num_classes = arg.integer("num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes: expected >= 1, found {num_classes}")
-        super().__init__(num_classes + bool(background), **options)
-        self.gamma, self.mu, self.background = float(gamma), float(mu), bool(background)
+        super().__init__(num_classes + flag("background", background), **options)
+        self.gamma = arg.number("gamma", gamma, 0.0, math.inf)
+        self.mu = arg.number("mu", mu, -math.inf, math.inf)
+        self.background = background
         self.alpha = arg.number("alpha", alpha, 0.0, math.inf)
         self.process_group = process_group
         # float64: in float32 a sum of 2^24 would not grow by what a step adds.
@@ -192,11 +204,11 @@ class _DrawnLoss(SigmoidLoss):
         """The loss, as of the other losses here; in ``train()`` mode the next call draws anew."""
         loss = super().forward(input, target, sample_weight)
         if self.training:
-            self.step = self.step + 1  # not in place: the backward draws again
+            self.step.add_(1)
         return loss
 
     def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        return {"seed": self.seed, "step": self.step}
+        return {"seed": self.seed, "step": self.step.clone()}  # the backward reads it when the other has moved on
 
 
 class DropLoss(_DrawnLoss):
@@ -244,7 +256,7 @@ class DropLoss(_DrawnLoss):
         self._check()
 
     def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        labels = target.reshape(-1).long()
+        labels = _labels(input, target)
         foreground = (labels >= 0) & (labels < self._columns) & (labels != self.ignore_index)
         of_rare = foreground & self.rare[torch.where(foreground, labels, 0)]
         share = of_rare.sum() / foreground.sum().clamp_min(1)
@@ -301,12 +313,13 @@ class ACSLLoss(_DrawnLoss):
     ) -> None:
         counts = as_class_counts(class_counts)
         super().__init__(len(counts) + 1, seed, **options)
-        self.threshold, self.groups, self.keep = threshold, groups, keep
+        self.threshold, self.groups, self.keep = threshold, _groups(groups), keep
         kept = torch.where(counts <= groups[0], keep[0], torch.where(counts <= groups[1], keep[1], 1.0))
         self.register_buffer("background_keep", torch.cat([kept, kept.new_ones(1)]).float())
         self._check()
 
     def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+        _labels(input, target)
         return super()._parameters_of(input, target) | {
             "background_index": self._columns - 1,
             "foreground_keep": torch.zeros_like(self.background_keep),
@@ -314,6 +327,15 @@ class ACSLLoss(_DrawnLoss):
             "score_threshold": self.threshold,
             "draws": "row",
         }
+
+
+def _groups(groups: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(groups, (tuple, list)) or len(groups) != 2:
+        raise TypeError(f"groups: expected two numbers of images, found {groups!r}")
+    rare, common = (arg.number(f"groups[{i}]", value, 0.0, math.inf) for i, value in enumerate(groups))
+    if rare > common:
+        raise ValueError(f"groups: expected the number of rare classes first, found {groups!r}")
+    return groups
 
 
 class FederatedLoss(SigmoidLoss):
@@ -377,4 +399,4 @@ class FederatedLoss(SigmoidLoss):
         return torch.maximum(drawn, present)
 
     def _parameters_of(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        return {"background_index": self._columns, "neg_weight": self.class_subset(target)}
+        return {"background_index": self._columns, "neg_weight": self.class_subset(_labels(input, target))}

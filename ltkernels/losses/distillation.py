@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltkernels import arguments as arg
 from ltkernels import functional
-from ltkernels.losses.base import LossModule
+from ltkernels.losses.base import LossModule, differing
 
 __all__ = ["DistillationLoss"]
 
@@ -123,7 +123,7 @@ class DistillationLoss(LossModule):
         parts += [f"{name}={tuple(table.shape)}" for name, table in tables.items() if table is not None]
         if not self.temperature_scale:
             parts.append("temperature_scale=False")
-        return ", ".join(parts)
+        return ", ".join(parts + differing(self, {"ignore_index": -100, "reduction": "mean"}))
 
     def _check(self) -> None:
         """Calls the loss with no rows: what the call would refuse is refused by the constructor, in the same words."""

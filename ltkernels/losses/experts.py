@@ -22,10 +22,12 @@ from torch import Tensor
 from ltkernels import arguments as arg
 from ltkernels import functional, rebalance
 from ltkernels.functional.experts import Experts, stacked
-from ltkernels.losses.base import LossModule
+from ltkernels.losses.base import LossModule, differing
 from ltkernels.rebalance import ClassCounts, DeferredReweighting
 
 __all__ = ["RIDELoss", "SADELoss"]
+
+_DEFAULTS = {"ignore_index": -100, "reduction": "mean"}  # in the repr where they differ from this
 
 
 class RIDELoss(LossModule):
@@ -43,7 +45,8 @@ class RIDELoss(LossModule):
     ``reweight_epoch``, so the same number means the same epoch.
 
     Args:
-        class_counts: training samples of each class, ``(C,)``; None: no margins and no second stage.
+        class_counts: training samples of each class, ``(C,)``; None: no margins and no second stage. A class with count
+            0 stays in the softmax, and is an error as a label, on the CPU.
         max_margin: of the rarest class, in cosine units, at least 0.
         scale: of the logits, above 0.
         diversity_factor: :math:`\lambda`; negative drives the experts apart. Published: -0.2, -0.45 on CIFAR-100. With
@@ -120,6 +123,7 @@ class RIDELoss(LossModule):
         self.register_buffer("temperature", None)
         if class_counts is not None:
             self.class_counts = rebalance.counts_buffer(class_counts)
+            self._find_absent_classes()
             margin = rebalance.ldam_margin(class_counts, self.max_margin, dtype=torch.float64)
             self.class_margin = (self.scale * margin).float()
         if reweight_epoch is not None:
@@ -176,7 +180,7 @@ class RIDELoss(LossModule):
             z = z.mean(dim=0, keepdim=True, dtype=arg.compute_type(z))
             distillation /= experts
             factor *= experts
-        return _loss(
+        result = _loss(
             z,
             target,
             aggregate,
@@ -192,6 +196,9 @@ class RIDELoss(LossModule):
             distillation_factor=distillation,
             distillation_temperature=self.distillation_temperature,
         )
+        if self._has_absent_classes:
+            self._refuse_absent_classes(target)
+        return result
 
     def extra_repr(self) -> str:
         shown = ["max_margin", "scale", "diversity_factor", "diversity_temperature"]
@@ -200,7 +207,7 @@ class RIDELoss(LossModule):
         parts = [f"{name}={getattr(self, name)!r}" for name in shown]
         if self.class_counts is not None:
             parts.append(rebalance.describe_counts(self.class_counts))
-        return ", ".join(parts)
+        return ", ".join(parts + differing(self, {**_DEFAULTS, "distillation": "published"}))
 
     def _check(self) -> None:
         """Calls the loss with no samples: what a call would refuse is refused by the constructor, in the same words."""
@@ -224,7 +231,8 @@ class SADELoss(LossModule):
         class_counts: training samples of each class, ``(C,)``.
         tau: strength of the third expert's adjustment, at least 0. Published: 2 on CIFAR and ImageNet-LT, 1 on
             iNaturalist and Places.
-        prior_eps: added to priors inside the logarithm, above 0: a class without samples stays in the softmax.
+        prior_eps: added to priors inside the logarithm, above 0: a class without samples stays in the softmax, and is
+            not refused as a label.
         ignore_index: label of samples that take no part.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``, over the samples.
 
@@ -303,7 +311,8 @@ class SADELoss(LossModule):
         )
 
     def extra_repr(self) -> str:
-        return f"tau={self.tau!r}, prior_eps={self.prior_eps!r}, {rebalance.describe_counts(self.class_counts)}"
+        parts = [f"tau={self.tau!r}", f"prior_eps={self.prior_eps!r}", rebalance.describe_counts(self.class_counts)]
+        return ", ".join(parts + differing(self, _DEFAULTS))
 
 
 def _loss(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ltkernels import arguments as arg
 from ltkernels import functional, rebalance
-from ltkernels.losses.base import LossModule
+from ltkernels.losses.base import LossModule, differing
 from ltkernels.rebalance import ClassCounts
 from ltkernels.reference.lade import offsets
 
@@ -21,7 +21,8 @@ class LADELoss(LossModule):
     for a balanced test set the logits are what they should be.
 
     Args:
-        class_counts: training samples of each class, ``(C,)``.
+        class_counts: training samples of each class, ``(C,)``. A class with count 0 has the prior 1e-9 and is
+            not refused as a label.
         remine_lambda: strength of the bound's own regulariser, >= 0. Published: 0.1; 0.5 on iNaturalist 2018.
         weight: of the regulariser beside the cross-entropy, >= 0. Published: 0.1; 0.05 on iNaturalist 2018.
         prior_axis: whose prior the importance weight ``uniform / pi`` is: ``"class"``, the column's, as in the
@@ -72,7 +73,8 @@ class LADELoss(LossModule):
         self.register_buffer("class_prior", prior.float())
         self.register_buffer("class_bias", (prior + 1e-9).log().float())
         self.register_buffer("offset", offsets(prior, prior_axis).float())
-        self.forward(torch.zeros(0, len(prior)), torch.zeros(0, dtype=torch.int64))  # what a call would refuse
+        with torch.device("cpu"):  # whatever the default is
+            self.forward(torch.zeros(0, len(prior)), torch.zeros(0, dtype=torch.int64))  # what a call would refuse
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss.
@@ -100,4 +102,5 @@ class LADELoss(LossModule):
     def extra_repr(self) -> str:
         shown = ("remine_lambda", "weight", "prior_axis", "regularizer_only")
         parts = [f"{name}={getattr(self, name)!r}" for name in shown]
-        return ", ".join([*parts, rebalance.describe_counts(self.class_counts)])
+        parts.append(rebalance.describe_counts(self.class_counts))
+        return ", ".join(parts + differing(self, {"ignore_index": -100}))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ltkernels import arguments as arg
 from ltkernels import functional, rebalance
 from ltkernels.functional.row_cross_entropy import log_counts, seesaw_of_log_counts
-from ltkernels.losses.base import WeightedLossModule
+from ltkernels.losses.base import WeightedLossModule, differing
 from ltkernels.rebalance import ClassCounts, DeferredReweighting
 
 __all__ = ["SeesawLoss", "SoftmaxEqualizationLoss"]
@@ -37,6 +37,12 @@ class _PairLoss(WeightedLossModule):
     """What the losses share: options, checks and repr."""
 
     _shown: ClassVar[tuple[str, ...]] = ()
+    _defaults: ClassVar[Mapping[str, object]] = {  # options, in the repr where they differ from this
+        "weight": None,
+        "ignore_index": -100,
+        "denominator": "weight",
+        "empty": "nan",
+    }
 
     def __init__(
         self,
@@ -73,7 +79,7 @@ class _PairLoss(WeightedLossModule):
         function(torch.empty(0, table.numel(), device="cpu"), labels, table, **settings, **options)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
+        return ", ".join([f"{name}={getattr(self, name)!r}" for name in self._shown] + differing(self, self._defaults))
 
 
 class SeesawLoss(_PairLoss):
@@ -115,6 +121,7 @@ class SeesawLoss(_PairLoss):
     """
 
     _shown = ("num_classes", "p", "q", "eps", "update", "scale", "reduction")
+    _defaults: ClassVar[Mapping[str, object]] = {**_PairLoss._defaults, "denominator": "count"}
     class_counts: Tensor
 
     def __init__(
@@ -154,6 +161,18 @@ class SeesawLoss(_PairLoss):
         if not isinstance(target, Tensor) or target.is_floating_point():
             found = target.dtype if isinstance(target, Tensor) else type(target).__name__
             raise TypeError(f"target: expected labels of an integer type for this loss, found {found}")
+        arg.check_logits("input", input)
+        arg.check_target(input, target)
+        if input.shape[min(input.dim() - 1, 1)] != self.num_classes:
+            raise ValueError(
+                f"input: expected {self.num_classes} classes, the num_classes of this loss, found shape"
+                f" {tuple(input.shape)}"
+            )
+        if counts.device != input.device:
+            raise ValueError(
+                f"input: expected device {counts.device} as the loss's, found {input.device};"
+                f" loss.to({str(input.device)!r}) moves the loss"
+            )
         if self.training:
             counts = counts + self._counts_of(target)
         loss = seesaw_of_log_counts(
@@ -190,6 +209,7 @@ class SoftmaxEqualizationLoss(_PairLoss):
     A class is rare where its share of the training samples is at most ``rare_threshold``. Each call in training mode
     draws anew; which classes leave is a pure function of (seed, step, row, class), so a resumed run draws as if it had
     not stopped. In evaluation mode the loss draws too, but the step stays. At evaluation use the logits as they are.
+    A class with count 0 may leave, and is an error as a label, on the CPU.
 
     Args:
         class_counts: training samples of each class, ``(C,)``.
@@ -237,6 +257,7 @@ class SoftmaxEqualizationLoss(_PairLoss):
         self.register_buffer("class_counts", rebalance.counts_buffer(class_counts))
         self.register_buffer("rare", counts / counts.sum() <= self.rare_threshold)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self._find_absent_classes()
         self._check(functional.equalization_cross_entropy, self.rare, drop_rate=gamma, seed=seed)
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
@@ -251,6 +272,7 @@ class SoftmaxEqualizationLoss(_PairLoss):
         Returns:
             A 0-d tensor, or the labels' shape with ``reduction="none"``; float64 for float64 logits, else float32.
         """
+        arg.check_logits("input", input)
         loss = functional.equalization_cross_entropy(
             input,
             target,
@@ -261,6 +283,8 @@ class SoftmaxEqualizationLoss(_PairLoss):
             sample_weight=sample_weight,
             **self._options(),
         )
+        if self._has_absent_classes:
+            self._refuse_absent_classes(target)
         if self.training:
             self.step.add_(1)
         return loss

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ltkernels import arguments as arg
 from ltkernels import functional, rebalance
 from ltkernels.functional.row_cross_entropy import Target
-from ltkernels.losses.base import AdjustedCrossEntropy, Options, Setting, WeightedOptions
+from ltkernels.losses.base import AdjustedCrossEntropy, Method, Options, Setting, WeightedOptions
 from ltkernels.rebalance import ClassCounts, DeferredReweighting
 
 __all__ = ["ArcFaceLoss", "InfluenceBalancedLoss", "LabelAwareSmoothingLoss"]
@@ -69,7 +69,8 @@ class ArcFaceLoss(AdjustedCrossEntropy):
         **options: Unpack[WeightedOptions],
     ) -> None:
         arg.choice("gradient", gradient, tuple(_MARGIN_TYPES))
-        super().__init__(class_margin=_angle(margin), margin_type=_MARGIN_TYPES[gradient], scale=scale, **options)
+        method: Method = {"class_margin": _angle(margin), "margin_type": _MARGIN_TYPES[gradient], "scale": scale}
+        super().__init__(None, method, **options)
 
     @property
     def margin(self) -> float | Tensor:
@@ -193,7 +194,7 @@ class InfluenceBalancedLoss(AdjustedCrossEntropy):
     ) -> None:
         gamma = arg.number("gamma", gamma, 0.0, math.inf)
         options.setdefault("denominator", "count")
-        super().__init__(weight=weight, focal_gamma=gamma, focal_pt="weighted", **options)
+        super().__init__(None, {"focal_gamma": gamma, "focal_pt": "weighted"}, weight=weight, **options)
         self.alpha = arg.number("alpha", alpha, 0.0, math.inf, open_low=True)
         self.eps = arg.number("eps", eps, 0.0, math.inf, open_low=True)
 

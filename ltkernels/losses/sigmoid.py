@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ltkernels import functional, rebalance
-from ltkernels.losses.base import LossModule
+from ltkernels.losses.base import LossModule, differing
 from ltkernels.rebalance import ClassCounts
 
 __all__ = ["AsymmetricLoss", "ClassBalancedSigmoidLoss", "SigmoidFocalLoss"]
@@ -60,7 +60,7 @@ class SigmoidLoss(LossModule):
 
         Args:
             input: logits, ``(N, C)`` or ``(N, C, d1, ...)``; float64, float32, bfloat16 or float16.
-            target: labels of any integer type; or, where the loss is not about rows of background, multi-hot targets.
+            target: labels of any integer type; or, where the loss takes them, multi-hot targets.
             sample_weight: a factor on the loss of each row, of the labels' shape.
 
         Returns:
@@ -68,16 +68,16 @@ class SigmoidLoss(LossModule):
         """
         arguments = self._options() | self._parameters_of(input, target)
         loss: Tensor = functional.binary_cross_entropy(input, target, sample_weight=sample_weight, **arguments)
+        if self._has_absent_classes:
+            self._refuse_absent_classes(target)
         return loss
 
     def extra_repr(self) -> str:
         parts = [f"{name}={getattr(self, name)!r}" for name in self._shown]
-        defaults = (("ignore_index", -100), ("reduction", "mean"), ("denominator", self._denominator), ("empty", "nan"))
-        for name, default in defaults:
-            value = getattr(self, name)
-            if isinstance(value, Tensor) or value != default:
-                parts.append(f"{name}={value!r}")
-        return ", ".join(parts)
+        if "class_counts" in self._buffers:
+            parts.append(rebalance.describe_counts(self.get_buffer("class_counts")))
+        defaults = {"ignore_index": -100, "reduction": "mean", "denominator": self._denominator, "empty": "nan"}
+        return ", ".join(parts + differing(self, defaults))
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -105,7 +105,7 @@ class ClassBalancedSigmoidLoss(SigmoidLoss):
     """Sigmoid cross-entropy weighted by the effective number of samples of the row's label, on all its columns.
 
     Args:
-        class_counts: training samples of each class, ``(C,)``.
+        class_counts: training samples of each class, ``(C,)``. A class with count 0 is an error as a label, on the CPU.
         beta: in ``[0, 1)``; 0.9999 on long-tailed CIFAR.
         gamma: exponent of a focal factor, at least 0; 0 is the sigmoid loss, the published focal loss has 1.
         **options: ``ignore_index``, ``reduction``, ``denominator`` (by default ``"count"``, as published) and
@@ -126,6 +126,7 @@ class ClassBalancedSigmoidLoss(SigmoidLoss):
     """
 
     _shown = ("beta", "gamma")
+    class_counts: Tensor
     weight: Tensor
 
     def __init__(
@@ -137,6 +138,8 @@ class ClassBalancedSigmoidLoss(SigmoidLoss):
     ) -> None:
         weight = rebalance.effective_number_weight(class_counts, beta)
         super().__init__(len(weight), **options)
+        self.register_buffer("class_counts", rebalance.counts_buffer(class_counts))
+        self._find_absent_classes()
         self.register_buffer("weight", weight)
         self.beta, self.gamma = float(beta), gamma
         self._check()

@@ -36,7 +36,7 @@ from typing_extensions import Unpack
 
 from ltkernels import arguments as arg
 from ltkernels import rebalance
-from ltkernels.losses.base import AdjustedCrossEntropy, Options, Setting, WeightedOptions
+from ltkernels.losses.base import AdjustedCrossEntropy, Method, Options, Setting, WeightedOptions, flag
 from ltkernels.rebalance import ClassCounts, DeferredReweighting
 
 __all__ = [
@@ -125,19 +125,22 @@ class CrossEntropyLoss(AdjustedCrossEntropy):
         inplace: bool = False,
     ) -> None:
         super().__init__(
+            None,
+            {
+                "scale": scale,
+                "class_scale": class_scale,
+                "class_bias": class_bias,
+                "class_margin": class_margin,
+                "margin_type": margin_type,
+                "focal_gamma": focal_gamma,
+                "focal_pt": focal_pt,
+                "focal_grad": focal_grad,
+            },
             weight=weight,
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
             smoothing_mode=smoothing_mode,
-            scale=scale,
-            class_scale=class_scale,
-            class_bias=class_bias,
-            class_margin=class_margin,
-            margin_type=margin_type,
-            focal_gamma=focal_gamma,
-            focal_pt=focal_pt,
-            focal_grad=focal_grad,
             z_loss=z_loss,
             denominator=denominator,
             empty=empty,
@@ -153,8 +156,8 @@ class LogitAdjustedLoss(AdjustedCrossEntropy):
     sampler draws: with a class-balanced sampler there is nothing to adjust.
 
     Args:
-        class_counts: training samples of each class, ``(C,)``. A class with count 0 gets no gradient, so its logit at
-            evaluation means nothing.
+        class_counts: training samples of each class, or their frequencies, ``(C,)``; only the ratios matter. A class
+            with count 0 gets no gradient, so its logit at evaluation means nothing.
         tau: strength, at least 0.
         **options: ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``smoothing_mode``,
             ``denominator``, ``z_loss``, ``empty``, ``inplace`` of :class:`CrossEntropyLoss`.
@@ -180,7 +183,7 @@ class LogitAdjustedLoss(AdjustedCrossEntropy):
     tau = Setting()
 
     def __init__(self, class_counts: ClassCounts, tau: float = 1.0, **options: Unpack[WeightedOptions]) -> None:
-        super().__init__(class_counts, class_bias=rebalance.logit_adjustment(class_counts, tau), **options)
+        super().__init__(class_counts, {"class_bias": rebalance.logit_adjustment(class_counts, tau)}, **options)
         self.tau = float(tau)
 
 
@@ -192,7 +195,8 @@ class BalancedSoftmaxLoss(AdjustedCrossEntropy):
     logits as they are.
 
     Args:
-        class_counts: training samples of each class, ``(C,)`` (``sample_per_class`` in the published code).
+        class_counts: training samples of each class, or their frequencies, ``(C,)`` (``sample_per_class`` in the
+            published code).
         **options: as of :class:`LogitAdjustedLoss`.
 
     Raises:
@@ -210,7 +214,7 @@ class BalancedSoftmaxLoss(AdjustedCrossEntropy):
     """
 
     def __init__(self, class_counts: ClassCounts, **options: Unpack[WeightedOptions]) -> None:
-        super().__init__(class_counts, class_bias=rebalance.logit_adjustment(class_counts), **options)
+        super().__init__(class_counts, {"class_bias": rebalance.logit_adjustment(class_counts)}, **options)
 
 
 class VSLoss(AdjustedCrossEntropy):
@@ -220,7 +224,7 @@ class VSLoss(AdjustedCrossEntropy):
     logits as they are.
 
     Args:
-        class_counts: training samples of each class, ``(C,)``.
+        class_counts: training samples of each class, or their frequencies, ``(C,)``.
         gamma: strength of the scales, at least 0.
         tau: strength of the biases, at least 0.
         **options: as of :class:`LogitAdjustedLoss`.
@@ -248,12 +252,8 @@ class VSLoss(AdjustedCrossEntropy):
     def __init__(
         self, class_counts: ClassCounts, gamma: float = 0.3, tau: float = 1.0, **options: Unpack[WeightedOptions]
     ) -> None:
-        super().__init__(
-            class_counts,
-            class_scale=rebalance.vs_scale(class_counts, gamma),
-            class_bias=rebalance.logit_adjustment(class_counts, tau),
-            **options,
-        )
+        scale, bias = rebalance.vs_scale(class_counts, gamma), rebalance.logit_adjustment(class_counts, tau)
+        super().__init__(class_counts, {"class_scale": scale, "class_bias": bias}, **options)
         self.gamma = float(gamma)
         self.tau = float(tau)
 
@@ -270,7 +270,8 @@ class LDAMLoss(AdjustedCrossEntropy):
     as in the published code.
 
     Args:
-        class_counts: training samples of each class, ``(C,)`` (``cls_num_list`` in the published code).
+        class_counts: training samples of each class, or, without ``reweight_epoch``, their frequencies, ``(C,)``
+            (``cls_num_list`` in the published code).
         max_m: margin of the rarest class, at least 0.
         s: scale, above 0.
         logits_scaled: the logits are ``s`` times cosines already.
@@ -312,20 +313,16 @@ class LDAMLoss(AdjustedCrossEntropy):
         beta: float = 0.9999,
         **options: Unpack[WeightedOptions],
     ) -> None:
-        s = arg.number("s", s, 0.0, math.inf, open_low=True)
+        s, logits_scaled = arg.number("s", s, 0.0, math.inf, open_low=True), flag("logits_scaled", logits_scaled)
         if reweight_epoch is not None:
             if options.get("weight") is not None:
                 raise ValueError("weight: expected None with reweight_epoch, which makes the weights, found a weight")
             options["weight"] = DeferredReweighting(class_counts, reweight_epoch, beta)
         margin = rebalance.ldam_margin(class_counts, max_m, dtype=torch.float64)
-        super().__init__(
-            class_counts,
-            scale=1.0 if logits_scaled else s,
-            class_margin=(s * margin if logits_scaled else margin).float(),
-            **options,
-        )
+        margin = (s * margin if logits_scaled else margin).float()
+        super().__init__(class_counts, {"scale": 1.0 if logits_scaled else s, "class_margin": margin}, **options)
         self.max_m = float(max_m)
-        self.logits_scaled = bool(logits_scaled)
+        self.logits_scaled = logits_scaled
         if logits_scaled:
             vars(self)["s"] = s  # it is in the margins, not the scale
 
@@ -360,7 +357,7 @@ class CosFaceLoss(AdjustedCrossEntropy):
 
     def __init__(self, margin: float = 0.4, scale: float = 64.0, **options: Unpack[WeightedOptions]) -> None:
         margin = arg.number("margin", margin, 0.0, math.inf)
-        super().__init__(class_margin=margin, scale=scale, **options)
+        super().__init__(None, {"class_margin": margin, "scale": scale}, **options)
 
 
 class FocalLoss(AdjustedCrossEntropy):
@@ -409,7 +406,8 @@ class FocalLoss(AdjustedCrossEntropy):
         **options: Unpack[Options],
     ) -> None:
         gamma = arg.number("gamma", gamma, 0.0, math.inf)
-        super().__init__(weight=weight, focal_gamma=gamma, focal_pt=focal_pt, focal_grad=focal_grad, **options)
+        method: Method = {"focal_gamma": gamma, "focal_pt": focal_pt, "focal_grad": focal_grad}
+        super().__init__(None, method, weight=weight, **options)
 
 
 class ClassBalancedLoss(AdjustedCrossEntropy):
@@ -452,7 +450,9 @@ class ClassBalancedLoss(AdjustedCrossEntropy):
         self, class_counts: ClassCounts, beta: float = 0.9999, gamma: float = 0.0, **options: Unpack[Options]
     ) -> None:
         gamma = arg.number("gamma", gamma, 0.0, math.inf)
+        if "weight" in options:
+            raise TypeError("weight: expected none, the loss makes it from class_counts, found one")
         options.setdefault("denominator", "count")
         weight = rebalance.effective_number_weight(class_counts, beta)
-        super().__init__(class_counts, weight=weight, focal_gamma=gamma, **options)
+        super().__init__(class_counts, {"focal_gamma": gamma}, weight=weight, **options)
         self.beta = float(beta)

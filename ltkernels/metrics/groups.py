@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ltkernels.class_counts import ClassCounts, as_class_counts
+from ltkernels.class_counts import ClassCounts, _as_array, _native, as_class_counts
 
 Counts = Tensor | npt.NDArray[Any]
 
@@ -49,7 +49,7 @@ def shot_accuracy(
         how many were not tested.
 
     Raises:
-        TypeError: class counts that are not numbers.
+        TypeError: counts that are not integers, class counts or thresholds that are not numbers.
         ValueError: a wrong shape; a count below 0; more right predictions than samples; ``low_shot_thr`` above
             ``many_shot_thr``.
 
@@ -88,12 +88,19 @@ def shot_accuracy(
 
 def check_thresholds(many_shot_thr: float, low_shot_thr: float) -> None:
     """Raises where a class could be in two groups."""
+    for name, value in (("many_shot_thr", many_shot_thr), ("low_shot_thr", low_shot_thr)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: expected a number of samples, found {value!r}")
     if not low_shot_thr <= many_shot_thr:
         raise ValueError(f"low_shot_thr: expected at most many_shot_thr {many_shot_thr}, found {low_shot_thr}")
 
 
 def _as_counts(name: str, counts: Counts, classes: int) -> Tensor:
-    values = torch.as_tensor(np.asarray(counts) if not isinstance(counts, Tensor) else counts.detach().cpu())
+    values = (
+        counts.detach().cpu()
+        if isinstance(counts, Tensor)
+        else torch.from_numpy(_native(_as_array(name, counts, "iu")))
+    )
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, found {values.dtype}")
     if values.shape != (classes,):

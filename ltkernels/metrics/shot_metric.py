@@ -41,8 +41,9 @@ class ShotAccuracy(Metric):
         **kwargs: as of ``torchmetrics.Metric``, such as ``process_group`` and ``sync_on_compute``.
 
     Raises:
-        TypeError: class counts that are not numbers, or a keyword that is unknown.
-        ValueError: bad class counts, ``low_shot_thr`` above ``many_shot_thr``, or ``top_k`` outside [1, C].
+        TypeError: class counts or thresholds that are not numbers; without torchmetrics, an unknown keyword.
+        ValueError: bad class counts, ``low_shot_thr`` above ``many_shot_thr``, ``top_k`` outside [1, C], or, as
+            torchmetrics has it, an unknown keyword.
 
     Example:
         >>> import torch, ltkernels as ltk
@@ -113,10 +114,15 @@ class ShotAccuracy(Metric):
             )
         if self.correct.is_inference() and not torch.is_inference_mode_enabled():  # reset() was called in that mode
             self.correct, self.total = self.correct.clone(), self.total.clone()
-        accuracy_counts(
-            preds, target, self.correct, self.total,
-            top_k=self.top_k, ignore_index=self.ignore_index, num_classes=self.num_classes,
-        )  # fmt: skip
+        try:
+            accuracy_counts(
+                preds, target, self.correct, self.total,
+                top_k=self.top_k, ignore_index=self.ignore_index, num_classes=self.num_classes,
+            )  # fmt: skip
+        except (IndexError, TypeError, ValueError) as error:  # under the name that the argument has here
+            if not str(error).startswith("input:"):
+                raise
+            raise type(error)(f"preds{str(error).removeprefix('input')}") from None
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of :func:`ltkernels.metrics.shot_accuracy`: float32 numbers on the metric's device."""

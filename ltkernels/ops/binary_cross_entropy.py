@@ -18,7 +18,7 @@ def new_state(tensors: Tensors, options: BinaryCrossEntropyOptions) -> Tensor:
     """Sums of the columns, ``2 C`` where they are wanted, and 1 / denominator: a row needs nothing of its forward."""
     input = tensors[0]
     assert input is not None
-    count = 2 * input.shape[1] * options.column_sums + 1
+    count = (2 * input.shape[1] if options.column_sums else 0) + 1
     return input.new_empty(count, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
 
 

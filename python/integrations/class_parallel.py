@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
             expected = whole(single)
         parameters = whole(model)
         if rank == 0:
-            largest = max(float((value - expected[name]).abs().max()) for name, value in parameters.items())
+            largest = max(float((value - expected[name]).abs().max().detach()) for name, value in parameters.items())
             print(f"one process has the same parameters, up to {largest:.0e}")
     return figures
 

@@ -14,16 +14,22 @@ from collections.abc import Sequence
 
 import demo
 import numpy as np
-import timm
 import torch
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.task import ClassificationTask
 from torch import nn
 from torch.utils.data import DataLoader
 
 import ltkernels as ltk
 from ltkernels.integrations.timm import mixup_pairs
+
+try:
+    import timm
+    from timm.data import Mixup
+    from timm.optim import create_optimizer_v2
+    from timm.task import ClassificationTask
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"timm_mixup.py: {error.name} is missing; it needs timm, and timm the torchvision of your build of torch"
+    ) from error
 
 LOSSES = ("ce", "la", "ldam")
 
