@@ -96,7 +96,8 @@ def class_vector(name: str, value: Tensor | float, logits: Tensor, scalar: bool 
             raise ValueError(f"{name}: expected finite values, found {float(value):g} at index 0")
         if compiling and not logits.is_cpu:
             return torch.full((num_classes,), float(value), dtype=dtype, device=logits.device)
-        return torch.full((1,), float(value), dtype=dtype)  # kernels on a GPU read it here: no launch for a number
+        # Kernels on a GPU read it here: no launch for a number.
+        return torch.full((1,), float(value), dtype=dtype, device="cpu")
     if scalar and not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or a number, found {type(value).__name__}")
     value = tensor(name, value)

@@ -76,10 +76,10 @@ def run(*command: str | Path, timeout: float = 120, **environment: str) -> str:
     return done.stdout
 
 
-def torchrun(processes: int, *command: str | Path, **environment: str) -> str:
-    """The same in several processes that find one another."""
+def torchrun(processes: int, *command: str | Path, timeout: float = 600, **environment: str) -> str:
+    """The same in several processes that find one another, and may have to share a core."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    return run(*launcher, *command, **environment)
+    return run(*launcher, *command, timeout=timeout, **environment)
 
 
 def reports(folder: Path) -> list[Any]:

@@ -432,6 +432,7 @@ def test_repr(loss: nn.Module, expected: str) -> None:
 
 
 BAD = [  # all in the constructor
+    (lambda: losses.LDAMLoss([3, 1], logits_scaled="no"), TypeError, "logits_scaled: expected a bool, found 'no'"),
     (
         lambda: losses.LogitAdjustedLoss([3, -1]),
         ValueError,

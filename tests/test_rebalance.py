@@ -203,6 +203,7 @@ def test_every_kind_of_counts(function, absent, counts) -> None:
 
 
 BAD_COUNTS = [
+    ([4, 1e300], ValueError, "class_counts: expected all counts below 2^63, found 1e+300 at class 1"),
     ([4, -3], ValueError, "class_counts: expected all counts >= 0, found -3 at class 1"),
     ([4, float("nan")], ValueError, "class_counts: expected all counts finite, found nan at class 1"),
     (np.array([np.inf, 1]), ValueError, "class_counts: expected all counts finite, found inf at class 0"),

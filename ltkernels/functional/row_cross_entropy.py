@@ -104,7 +104,7 @@ def _labels(input: Tensor, target: Target) -> tuple[list[Tensor], Tensor | None]
     elif torch.compiler.is_compiling():
         lam = torch.full(() if input.is_cpu else tuple(first.shape), float(lam), dtype=dtype, device=input.device)
     else:
-        lam = torch.full((1,), arg.number("lam", lam, 0.0, 1.0), dtype=dtype)
+        lam = torch.full((1,), arg.number("lam", lam, 0.0, 1.0), dtype=dtype, device="cpu")
     return [first, second if second.dtype is first.dtype else second.to(first.dtype)], lam
 
 
@@ -370,6 +370,7 @@ def equalization_cross_entropy(
             )
         return rare.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
+    arg.check_logits("input", input)
     value, at = arg.position("step", step, input.device, 2**32)
     if at is None:
         at = torch.full((), value, dtype=torch.int64, device=input.device)
