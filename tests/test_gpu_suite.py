@@ -72,8 +72,8 @@ def test_time_runs_out_with_a_chance_to_say_what_was_found():
         "except KeyboardInterrupt:\n    print('FAILED so far: one')"
     )
     begun = time.monotonic()
-    outcome = stages.run_stage(stage(python(code)), SETTINGS, 2)
-    assert outcome.reason == "not done in 2 s" and outcome.lines == ["FAILED so far: one"]
+    outcome = stages.run_stage(stage(python(code)), SETTINGS, 6)
+    assert outcome.reason == "not done in 6 s" and outcome.lines == ["FAILED so far: one"]
     assert time.monotonic() - begun < 30
 
 
