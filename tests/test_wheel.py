@@ -192,3 +192,21 @@ def test_pip_install_of_the_sdist_builds_against_the_torch_that_is_installed(sdi
     assert "libltkernels_cuda is left out: LTK_CUDA=0 asks for a build without it" in run.stdout + run.stderr
     said = installs.run(python, installs.SMOKE, cwd=tmp_path)
     assert said.splitlines()[1].split() == ["ok", "backend:", "cpu"]
+
+
+@pytest.mark.slow  # pip downloads a torch with all that its CUDA build brings
+def test_the_oldest_torch(wheel: Path, tmp_path: Path) -> None:
+    """The libraries that were built against this torch, beside the first one that they are for."""
+    (oldest,) = [
+        requirement.partition(">=")[2]
+        for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        if requirement.startswith("torch>=")
+    ]
+    installs.run(sys.executable, "-m", "venv", tmp_path / "environment", cwd=tmp_path)
+    python = tmp_path / "environment/bin/python"
+    installs.run(python, "-m", "pip", "install", f"torch=={oldest}.0", "numpy", cwd=tmp_path)
+    installs.install(python, wheel)
+    said = installs.run(python, installs.SMOKE, cwd=tmp_path)
+    assert said.splitlines()[1].split() == ["ok", "backend:", "cpu"]
+    found = installs.run(python, "-m", "ltkernels", "info", cwd=tmp_path)
+    assert f"torch         {oldest}.0" in found
