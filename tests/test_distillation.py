@@ -237,7 +237,8 @@ def test_small_divergences_keep_their_digits(form: Form) -> None:
     loss = evaluate(form, z, t, reduction="none")[0].double()
     log_q, log_p = F.log_softmax(t.double(), 1), F.log_softmax(z.double(), 1)
     terms = log_q.exp() * (log_q - log_p)
-    tolerance = 1e-6 if form.backend == "cpu" else 1e-5  # exponentials of others are off by up to 2 ulp
+    # Exponentials of a GPU are off by up to 2 ulp; PyTorch's float32 logarithms by more.
+    tolerance = {"cpu": 1e-6, "reference": 1e-5}.get(form.backend, 5e-6)
     assert bool(((loss - terms.sum(1)).abs() <= tolerance * terms.abs().sum(1)).all())
     assert float(evaluate(form, t, t)[0]) == pytest.approx(0.0, abs=1e-7)
 

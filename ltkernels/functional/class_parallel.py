@@ -330,7 +330,7 @@ def _by_op(
         ranks: the processes; None for this one alone.
         block: the size of a block of classes, 0 for none.
     """
-    logits, target, second, _, weight, scale, bias, _, _, row_weight, gate, norm, *_ = tensors
+    logits, target, _, _, weight, scale, bias, _, _, row_weight, gate, norm, *_ = tensors
     assert logits is not None and target is not None
     soft = target.is_floating_point()
     if linear[0].is_cpu and arg.may_look(linear[0]):
