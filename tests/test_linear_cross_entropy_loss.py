@@ -78,6 +78,20 @@ def test_it_learns_and_follows_a_schedule() -> None:
         assert module(x, y) < before
 
 
+def test_options_that_are_set_later_are_the_criterions() -> None:
+    """As accelerate and others do with `loss.reduction = "none"` on a loss that they were given."""
+    module = Loss(D, C, criterion=losses.BalancedSoftmaxLoss(COUNTS, ignore_index=1))
+    x, y = torch.randn(6, D), torch.arange(6) % C
+    assert module.ignore_index == 1 and module.reduction == "mean"
+    module.reduction, module.ignore_index = "none", 2
+    expected = losses.BalancedSoftmaxLoss(COUNTS, reduction="none", ignore_index=2)(module.logits(x), y)
+    torch.testing.assert_close(module(x, y), expected)
+    assert module.reduction == "none" and expected[2] == 0
+    for name in ("weight", "label_smoothing"):
+        with pytest.raises(AttributeError, match=f"{name}: expected no assignment beside a criterion"):
+            setattr(module, name, torch.ones(C))
+
+
 def test_half_precision_keeps_the_tables() -> None:
     module = Loss(D, C, criterion=losses.BalancedSoftmaxLoss(COUNTS)).bfloat16()
     assert module.linear.weight.dtype == torch.bfloat16

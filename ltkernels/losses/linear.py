@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,26 @@ if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
 
 __all__ = ["LinearCrossEntropyLoss"]
+
+
+class _CriterionsOption:
+    """An option that is the criterion's where there is one, to read and to write."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: LinearCrossEntropyLoss | None, owner: type) -> Any:
+        if module is None:
+            return self
+        criterion = module._modules.get("criterion")
+        return vars(module)[self._name] if criterion is None else getattr(criterion, self._name)
+
+    def __set__(self, module: LinearCrossEntropyLoss, value: object) -> None:
+        criterion = module._modules.get("criterion")
+        if criterion is None:
+            vars(module)[self._name] = value
+        else:
+            setattr(criterion, self._name, value)
 
 
 class LinearCrossEntropyLoss(AdjustedCrossEntropy):
@@ -116,6 +136,8 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
         "batch": "replicated",
     }
     _made = False
+    reduction = _CriterionsOption()  # libraries set it to "none" on a loss that they were given
+    ignore_index = _CriterionsOption()
     linear: nn.Linear | ClassParallelLinear
     sample_step: Tensor
 
@@ -172,6 +194,14 @@ class LinearCrossEntropyLoss(AdjustedCrossEntropy):
         self._set_sampled(sampled_classes, sample_rate, class_probs)
         self._made = True
         self._check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses to set a table that the criterion has in its place."""
+        if name in ("weight", "label_smoothing") and vars(self).get("_modules", {}).get("criterion") is not None:
+            raise AttributeError(
+                f"{name}: expected no assignment beside a criterion, which has its own: criterion.{name}"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, input: Tensor, target: Target, sample_weight: Tensor | None = None) -> Tensor:
         """The loss.
