@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +65,28 @@ def excesses(kernel: Kernel, budget: Entry, same_compiler: bool) -> list[str]:
     return found
 
 
-def check(kernels: Iterable[Kernel], compilers: Mapping[str, str], budget: Budget) -> list[str]:
+def check(
+    kernels: Iterable[Kernel],
+    compilers: Mapping[str, str],
+    budget: Budget,
+    archs: Mapping[str, Sequence[str]] | None = None,
+) -> list[str]:
     """All that is wrong, a line each.
 
     Args:
         kernels: what was found, of the backends in `compilers` only.
         compilers: for each backend that was looked at, the compiler with its version.
         budget: as :func:`load` gives it.
+        archs: for each backend, the architectures that were looked at; None: all.
     """
     wrong = []
     entries = {
         (backend, source, name, arch): of_arch
         for backend in compilers
         for source, names in budget.get(backend, {}).items()
-        for name, archs in names.items()
-        for arch, of_arch in archs.items()
+        for name, of_name in names.items()
+        for arch, of_arch in of_name.items()
+        if archs is None or arch.removeprefix("sm_") in archs[backend]
     }
     for kernel in kernels:
         allowed = entries.pop(kernel.key, None)
