@@ -15,8 +15,8 @@ setup: $(VENV)/.built ## make .venv with the pinned packages and build the C++ c
 demo: setup ## train on real long-tailed data: python/train.py
 	@$(RUN) python/train.py $(ARGS)
 
-test: setup ## run the tests and the examples in docstrings
-	@$(RUN) -m pytest $(ARGS)
+test: setup ## run the tests and the examples in docstrings; without ARGS a process for each core, 8 at most
+	@$(RUN) -m pytest $(or $(ARGS),-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 
 bench: setup ## measure the kernels against their peers
 	@$(RUN) -m ltkernels bench $(ARGS)

@@ -42,6 +42,15 @@ else:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+LONG = ("test_cuda.py", "test_triton.py", "test_codecheck.py", "test_cpp_core.py", "test_class_parallel.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the files, those that take minutes begin first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed() -> Iterator[None]:
     """Small tensors run fastest on one thread; a test about threads uses the `threads` fixture."""

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -50,70 +50,92 @@ def _run(plugin: str, *arguments: str, **environment: str) -> None:
     assert " passed" in done.stdout and " skipped" not in done.stdout, done.stdout[-2000:]
 
 
-def _interpret(*arguments: str) -> None:
-    _run("triton_worker", *arguments, TRITON_INTERPRET="1")
-
-
 def test_every_set_of_options_is_translated(tmp_path: Path) -> None:
     """To Triton's IR: the interpreter knows no types, and `make codecheck` compiles a few of the sets."""
     _run("triton_compiler", "triton_compiler_cases.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
-def test_the_kernels_where_they_change_their_path() -> None:
-    _interpret("triton_worker_cases.py")
+class Selection(NamedTuple):
+    """Of the tests of all backends, those that the interpreter runs."""
+
+    files: tuple[str, ...]
+    chosen: str = "triton"
+    never: str = "nothing_at_all"
+    """Products of options that take many minutes."""
+    slow: str = "nothing_at_all"
+    """What `-m slow` runs, and `make test` does not."""
 
 
-def test_the_kernels_pass_tests_of_all_backends() -> None:
-    # Products of options are long; test_random_combinations draws from them.
-    long = "focal_mode or certainty or margins or empty_batch or (limits and float16)"
-    _interpret(*SHARED, "-k", f"triton and not ({long})")
+EXPERTS = tuple(f"test_expert_cross_entropy{part}.py" for part in ("", "_autograd", "_errors"))
+SELECTIONS = {
+    "where the kernels change their path": Selection(
+        ("triton_worker_cases.py",), "test", slow="(many_tiles or either_order) and 1"
+    ),
+    "cross_entropy": Selection(
+        SHARED, never="focal_mode or certainty or margins or empty_batch or (limits and float16)"
+    ),  # test_random_combinations draws from the products that this leaves out
+    "sampling": Selection(("test_sampling_gpu.py",)),
+    "accuracy_counts": Selection(
+        ("test_accuracy_counts.py",),
+        never="(values and (float64 or float16 or 255 or 257 or 1029)) or (integer_types and uint)",
+    ),
+    "lade": Selection(
+        ("test_lade.py",),
+        never="(values and (float64 or float16 or 1032 or 5008)) or label_types or (layouts and every_second)",
+        slow="(values and 5001) or same_bits",
+    ),
+    "binary_cross_entropy": Selection(
+        ("test_binary_cross_entropy.py",),
+        never="(long_rows and (5003 or 1025 or drop)) or (forms and (fraction or clip or suppression))"
+        " or every_second or double_backward or compiled",
+        slow="(forms and (multi_hot or drop)) or asymmetric",
+    ),
+    "distillation": Selection(
+        ("test_distillation.py",),
+        never="(values and (1029 or 5003)) or strides_and_types or opcheck or compiles",
+        slow="replace_the_logits or (values and (2-dtype or 100-dtype))",
+    ),
+    "aggregate_experts": Selection(
+        ("test_aggregate_experts.py", "test_expert_linear.py"),
+        never="(values and (1029 or 100 or 17 or float)) or layouts or (best_classes and (1029 or bfloat16))",
+        slow="upstream or replace_the_logits or (values and 1-2)",
+    ),
+    "expert_cross_entropy": Selection(
+        EXPERTS,
+        never="(values and (1029 or 100 or float16 or 17)) or (layouts and (padded or samples))",
+        slow="replace_the_logits or upstream or teacher or first_backward or (layouts and 300)"
+        " or (values and (1-2 or 2-1))",
+    ),
+    "linear_cross_entropy": Selection(
+        ("test_linear_cross_entropy.py", "test_class_shards.py"), "triton and (plain or all or gate)", "half or single"
+    ),
+    "row_cross_entropy": Selection(
+        ("test_row_cross_entropy.py",),
+        "triton and (masked or ignored or nan_in or large_margins or nothing or inner_dim or (test_types and bfloat16)"
+        " or (denominators and gate) or upstreams)",
+    ),
+}  # fmt: skip
 
 
-def test_sampling() -> None:
-    _interpret("test_sampling_gpu.py", "-k", "triton")
+def _interpret(of: Selection, extent: str) -> None:
+    _run(
+        "triton_worker",
+        *of.files,
+        "-k",
+        f"{of.chosen} and not ({of.never} or number_of_threads) and {extent}",
+        TRITON_INTERPRET="1",
+    )
 
 
-def test_accuracy_counts() -> None:
-    long = "(values and (float64 or float16 or 255 or 257 or 1029)) or (integer_types and uint)"
-    _interpret("test_accuracy_counts.py", "-k", f"triton and not ({long})")
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_interpreted(name: str) -> None:
+    _interpret(SELECTIONS[name], f"not ({SELECTIONS[name].slow})")
 
 
-def test_lade() -> None:
-    long = "(values and (float64 or float16 or 1032 or 5008)) or label_types or (layouts and every_second)"
-    _interpret("test_lade.py", "-k", f"triton and not ({long})")
-
-
-def test_binary_cross_entropy() -> None:
-    long = "(long_rows and (5003 or 1025 or drop)) or (forms and (fraction or clip or suppression)) or every_second"
-    of_the_machinery = "double_backward or compiled"
-    _interpret("test_binary_cross_entropy.py", "-k", f"triton and not ({long} or {of_the_machinery})")
-
-
-def test_distillation() -> None:
-    long = "(values and (1029 or 5003)) or strides_and_types or opcheck or compiles"
-    _interpret("test_distillation.py", "-k", f"triton and not ({long})")
-
-
-def test_aggregate_experts() -> None:
-    long = "(values and (1029 or 100 or 17 or float)) or layouts or (best_classes and (1029 or bfloat16))"
-    _interpret("test_aggregate_experts.py", "test_expert_linear.py", "-k", f"triton and not ({long})")
-
-
-def test_expert_cross_entropy() -> None:
-    long = "(values and (1029 or 100 or float16 or 17)) or (layouts and (padded or samples))"
-    files = (f"test_expert_cross_entropy{part}.py" for part in ("", "_autograd", "_errors"))
-    _interpret(*files, "-k", f"triton and not ({long})")
-
-
-def test_linear_cross_entropy() -> None:
-    chosen = "(plain or all or gate) and not (half or single)"
-    _interpret("test_linear_cross_entropy.py", "test_class_shards.py", "-k", f"triton and {chosen}")
-
-
-def test_row_cross_entropy() -> None:
-    limits = "masked or ignored or nan_in or large_margins or nothing or inner_dim"
-    values = "(test_types and bfloat16) or (denominators and gate) or upstreams"
-    _interpret("test_row_cross_entropy.py", "-k", f"triton and ({limits} or {values})")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, of in SELECTIONS.items() if of.slow != Selection.slow])
+def test_the_rest_interpreted(name: str) -> None:
+    _interpret(SELECTIONS[name], f"({SELECTIONS[name].slow})")
 
 
 # --- What launches them, which needs no kernel ---
