@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -54,26 +55,49 @@ def library() -> Path:
     return out
 
 
-# Compute capability 9 has clusters, 8 has none: rows then are held by one block, or read twice.
-@pytest.mark.parametrize(
-    ("major", "files", "least"),
-    [
-        (9, VALUES, 1500),
-        (9, KERNELS, 400),
-        (8, KERNELS, 400),
-        (9, LADE, 90),
-        (9, COUNTS, 60),
-        (9, BINARY, 60),
-        (9, DISTILLATION, 55),
-        (9, EXPERTS, 130),
-        (9, ROWS, 400),
-        (9, LINEAR, 250),
-    ],
-)
-def test_emulated(library: Path, major: int, files: tuple[str, ...], least: int) -> None:
-    environment = os.environ | {"LTK_EMULATED_CUDA": str(library), "LTK_EMULATE_MAJOR": str(major)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cuda", "-p", "no:cacheprovider", *files]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+class Selection(NamedTuple):
+    """Of the tests of all backends, those that run on the emulated kernels."""
+
+    files: tuple[str, ...]
+    least: int
+    """So many have to pass."""
+    major: int = 9
+    """Compute capability 9 has clusters, 8 has none: rows then are held by one block, or read twice."""
+    slow: str = "nothing_at_all"
+    """What `-m slow` runs, and `make test` does not."""
+
+
+SELECTIONS = {
+    "cross_entropy": Selection(VALUES, 1300, slow="every_class_count and (float16 or float64)"),
+    "kernels": Selection(KERNELS, 400),
+    "kernels without clusters": Selection(KERNELS, 400, major=8),
+    "lade": Selection(LADE, 90),
+    "accuracy_counts": Selection(COUNTS, 60),
+    "binary_cross_entropy": Selection(BINARY, 60),
+    "distillation": Selection(DISTILLATION, 55),
+    "experts": Selection(EXPERTS, 120, slow="(layouts and 300) or (values and 17-)"),
+    "row_cross_entropy": Selection(ROWS, 400),
+    "linear_cross_entropy": Selection(LINEAR, 250),
+}
+
+
+def _run(library: Path, of: Selection, extent: str, least: int) -> None:
+    environment = os.environ | {"LTK_EMULATED_CUDA": str(library), "LTK_EMULATE_MAJOR": str(of.major)}
+    chosen = f"cuda and not number_of_threads and {extent}"  # which are no matter of this backend
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, "-p", "no:cacheprovider", *of.files]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed is not None and int(passed[1]) >= least, run.stdout[-500:]
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_emulated(library: Path, name: str) -> None:
+    of = SELECTIONS[name]
+    _run(library, of, f"not ({of.slow})", of.least)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, of in SELECTIONS.items() if of.slow != Selection.slow])
+def test_the_rest_emulated(library: Path, name: str) -> None:
+    _run(library, SELECTIONS[name], f"({SELECTIONS[name].slow})", 8)
