@@ -112,17 +112,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-missing", action="store_true", help="no failure where a compiler is missing")
     parser.add_argument("--root", type=Path, default=ROOT, help="the tree to check (default: this one)")
     parser.add_argument("--archs", default=",".join(kernels.ARCHS), help="default: %(default)s")
-    parser.add_argument(
-        "--triton-archs", help="of the Triton kernels, which are compiled for this alone (default: --archs)"
-    )
+    parser.add_argument("--only", help="of the architectures: the one whose machine code is looked at")
     args = parser.parse_args(argv)
-    if args.update and args.triton_archs:
-        parser.error("--update: expected no --triton-archs, the budget is of all architectures")
+    if args.update and args.only:
+        parser.error("--update: expected no --only, the budget is of all architectures")
     started = time.monotonic()
-    archs = {"cuda": args.archs.split(","), "triton": (args.triton_archs or args.archs).split(",")}
+    archs = args.archs.split(",")
+    if args.only not in (None, *archs):
+        parser.error(f"--only: expected one of {', '.join(archs)}, found {args.only}")
+    looked_at = [args.only] if args.only else archs
     root = args.root.resolve()
     path = root / "benchmarks/codecheck_budget.json"
-    halves = {"cuda": kernels.cuda(root, archs["cuda"]), "triton": kernels.triton(root, archs["triton"])}
+    halves = {"cuda": kernels.cuda(root, archs, looked_at), "triton": kernels.triton(root, looked_at)}
     found = [kernel for half in halves.values() for kernel in half.kernels]
     missing = {name: half.missing for name, half in halves.items() if half.missing is not None}
     compilers = {name: half.compiler for name, half in halves.items() if name not in missing}
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.update:
         budget.save(path, found, compilers, before)
         before = budget.load(path)
-    wrong = budget.check(found, compilers, before, archs)
+    wrong = budget.check(found, compilers, before, looked_at)
     notes = [
         f"the budget of {name} was made with {before['compilers'][name]}, this is {compiler}: compared loosely"
         for name, compiler in compilers.items()

@@ -69,7 +69,7 @@ def check(
     kernels: Iterable[Kernel],
     compilers: Mapping[str, str],
     budget: Budget,
-    archs: Mapping[str, Sequence[str]] | None = None,
+    archs: Sequence[str] | None = None,
 ) -> list[str]:
     """All that is wrong, a line each.
 
@@ -77,7 +77,7 @@ def check(
         kernels: what was found, of the backends in `compilers` only.
         compilers: for each backend that was looked at, the compiler with its version.
         budget: as :func:`load` gives it.
-        archs: for each backend, the architectures that were looked at; None: all.
+        archs: the architectures that were looked at; None: all.
     """
     wrong = []
     entries = {
@@ -86,7 +86,7 @@ def check(
         for source, names in budget.get(backend, {}).items()
         for name, of_name in names.items()
         for arch, of_arch in of_name.items()
-        if archs is None or arch.removeprefix("sm_") in archs[backend]
+        if archs is None or arch.removeprefix("sm_") in archs
     }
     for kernel in kernels:
         allowed = entries.pop(kernel.key, None)

@@ -48,18 +48,29 @@ def _driver() -> ModuleType:
     return module
 
 
-def read(disassembler: Disassembler, binary: Path, backend: str, source: str, cache: Path) -> list[Kernel]:
-    """The kernels of a cubin, or of all cubins in an object. What was read once is kept under the hash of its bytes."""
+def read(
+    disassembler: Disassembler,
+    binary: Path,
+    backend: str,
+    source: str,
+    cache: Path,
+    archs: Sequence[str] = ARCHS,
+) -> list[Kernel]:
+    """The kernels of a cubin, or of an object's cubins for ``archs``. What was read is kept under a hash of it."""
     digest = hashlib.sha256(binary.read_bytes())
     digest.update(Path(machine_code.__file__).read_bytes())
-    digest.update(f"{backend} {source} {disassembler.folder}".encode())
+    digest.update(f"{backend} {source} {disassembler.folder} {archs}".encode())
     kept = cache / f"{digest.hexdigest()[:32]}.json"
     if kept.exists():
         known = json.loads(kept.read_text())
         widths = ("loads", "stores")
         return [Kernel(**k | {w: {int(bits): n for bits, n in k[w].items()} for w in widths}) for k in known]
     with tempfile.TemporaryDirectory() as folder:
-        cubins = [binary] if binary.suffix == ".cubin" else disassembler.extract(binary, Path(folder))
+        if binary.suffix == ".cubin":
+            cubins = [binary]
+        else:
+            wanted = {f"sm_{arch}" for arch in archs}
+            cubins = [c for c in disassembler.extract(binary, Path(folder)) if c.suffixes[-2][1:] in wanted]
         found = [kernel for cubin in cubins for kernel in disassembler.kernels(cubin, backend, source)]
     cache.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(f".{os.getpid()}")
@@ -68,8 +79,10 @@ def read(disassembler: Disassembler, binary: Path, backend: str, source: str, ca
     return found
 
 
-def cuda(root: Path, archs: Sequence[str] = ARCHS) -> Half:
+def cuda(root: Path, archs: Sequence[str] = ARCHS, looked_at: Sequence[str] | None = None) -> Half:
     """The kernels of csrc/cuda, from the objects of the library where setup.py builds for the same architectures.
+
+    Of these only the code for ``looked_at`` is read, which is all of them by default.
 
     A kernel called ``*_vectors`` promises wide loads, and wide stores if it writes as many logits as it reads.
     """
@@ -88,7 +101,9 @@ def cuda(root: Path, archs: Sequence[str] = ARCHS) -> Half:
 
     def kernels(unit: Any) -> list[Kernel]:
         unit.compile(cxx, root)
-        found = read(disassembler, root / unit.object, "cuda", Path(unit.source).name, root / "build/codecheck/read")
+        kept = root / "build/codecheck/read"
+        source = Path(unit.source).name
+        found = read(disassembler, root / unit.object, "cuda", source, kept, list(looked_at or archs))
         return [
             replace(kernel, least_wide_loads=1, least_wide_stores=int(kernel.name.startswith("backward")))
             if "_vectors" in kernel.name
