@@ -55,6 +55,9 @@ def library() -> Path:
     return out
 
 
+NOTHING = "nothing_at_all"  # in the name of no test
+
+
 class Selection(NamedTuple):
     """Of the tests of all backends, those that run on the emulated kernels."""
 
@@ -63,7 +66,7 @@ class Selection(NamedTuple):
     """So many have to pass."""
     major: int = 9
     """Compute capability 9 has clusters, 8 has none: rows then are held by one block, or read twice."""
-    slow: str = "nothing_at_all"
+    slow: str = NOTHING
     """What `-m slow` runs, and `make test` does not."""
 
 
@@ -98,6 +101,6 @@ def test_emulated(library: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, of in SELECTIONS.items() if of.slow != Selection.slow])
+@pytest.mark.parametrize("name", [name for name, of in SELECTIONS.items() if of.slow != NOTHING])
 def test_the_rest_emulated(library: Path, name: str) -> None:
     _run(library, SELECTIONS[name], f"({SELECTIONS[name].slow})", 8)

@@ -55,14 +55,17 @@ def test_every_set_of_options_is_translated(tmp_path: Path) -> None:
     _run("triton_compiler", "triton_compiler_cases.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
+NOTHING = "nothing_at_all"  # in the name of no test
+
+
 class Selection(NamedTuple):
     """Of the tests of all backends, those that the interpreter runs."""
 
     files: tuple[str, ...]
     chosen: str = "triton"
-    never: str = "nothing_at_all"
+    never: str = NOTHING
     """Products of options that take many minutes."""
-    slow: str = "nothing_at_all"
+    slow: str = NOTHING
     """What `-m slow` runs, and `make test` does not."""
 
 
@@ -133,7 +136,7 @@ def test_interpreted(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, of in SELECTIONS.items() if of.slow != Selection.slow])
+@pytest.mark.parametrize("name", [name for name, of in SELECTIONS.items() if of.slow != NOTHING])
 def test_the_rest_interpreted(name: str) -> None:
     _interpret(SELECTIONS[name], f"({SELECTIONS[name].slow})")
 
